@@ -1,0 +1,497 @@
+-- The log: the table, its append-only guard, the horizon, and the rules every append obeys.
+--
+-- The horizon. A position is drawn at insert and seen at commit, so 7 can appear after 8. Before a transaction
+-- draws its first position it takes a shared advisory lock whose key is the last position drawn so far (the
+-- hold); a reader stops at the smallest key held (the safe position). Everything at or below it is committed
+-- or gone for good. docs/architecture.md has the argument.
+
+create table nightowls.events (
+  org_id         uuid        not null default nightowls.current_org(),
+  "position"     bigint      not null generated always as identity,
+  aggregate_type text        collate "C" not null,
+  aggregate_id   text        collate "C" not null,
+  version        bigint      not null,
+  event_type     text        collate "C" not null,
+  payload        jsonb       not null default '{}',
+  metadata       jsonb       not null default '{}',
+  event_id       uuid,
+  created_at     timestamptz not null default clock_timestamp(),
+  constraint events_pkey primary key (org_id, "position"),
+  constraint events_aggregate_key unique (org_id, aggregate_type, aggregate_id, version)
+);
+
+create unique index events_event_id_key on nightowls.events (org_id, event_id) where event_id is not null;
+
+comment on table nightowls.events is
+  'The log: one row an event, append-only (NW008). Append with append_event, append_events or append_many; a plain insert '
+  'is an append too, without idempotency, expectation or fence. Read it forwards with read_events: a plain select by '
+  'position can miss events that commit late.';
+comment on column nightowls.events.org_id is 'The tenant.';
+comment on column nightowls.events."position" is 'The order of all events, rising, with gaps; drawn at insert.';
+comment on column nightowls.events.aggregate_type is 'What kind of thing the event is about, such as order.';
+comment on column nightowls.events.aggregate_id is 'Which one.';
+comment on column nightowls.events.version is 'The event''s number within its aggregate: 1, 2, 3 … without gaps.';
+comment on column nightowls.events.event_type is 'What happened, such as order_paid.';
+comment on column nightowls.events.payload is 'The facts, any JSON of at most 100 levels and 16 MB.';
+comment on column nightowls.events.metadata is
+  'About the event: actor_id, request_id, trace_id, causation_id, correlation_id and what else the caller adds.';
+comment on column nightowls.events.event_id is
+  'The caller''s idempotency key, unique within the org; event_id_for() makes one from a foreign id.';
+comment on column nightowls.events.created_at is 'The clock at insert; not always rising with position.';
+
+-- Which projections an append of an aggregate type must keep. The one table every append looks into.
+create table nightowls.routes (
+  org_id         uuid not null,
+  aggregate_type text collate "C" not null,
+  kind           text collate "C" not null,
+  name           text collate "C" not null,
+  constraint routes_pkey primary key (org_id, aggregate_type, kind, name),
+  constraint routes_kind_check check (kind in ('reducer', 'handler'))
+);
+
+comment on table nightowls.routes is
+  'What an append sets off: one row for each projection of an aggregate type. Kept by the functions that make projections.';
+comment on column nightowls.routes.org_id is 'The tenant.';
+comment on column nightowls.routes.aggregate_type is 'The aggregate type whose events go there.';
+comment on column nightowls.routes.kind is 'reducer: folded by the owner; handler: the user''s function, run as the one who appends.';
+comment on column nightowls.routes.name is 'The projection.';
+
+-- A restoring session is known by row_security = off, which every dump sets, and the table owner's rights.
+create function nightowls._is_restoring()
+  returns boolean
+  language sql
+  stable
+  parallel safe
+  return current_setting('row_security') = 'off'
+     and pg_has_role(current_user, (select c.relowner from pg_class c where c.oid = 'nightowls.events'::regclass), 'usage');
+
+revoke all on function nightowls._is_restoring() from public;
+
+-- The append-only guard ---------------------------------------------------------------------------
+
+create function nightowls._refuse_change()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception '%.% is append-only', tg_table_schema, tg_table_name
+    using errcode = 'NW008',
+          detail = format('%s is refused, whoever asks.', tg_op),
+          hint = 'Append an event that says what changed.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_change() from public;
+
+create trigger t05_append_only
+  before update or delete or truncate on nightowls.events
+  for each statement execute function nightowls._refuse_change();
+
+-- The horizon -------------------------------------------------------------------------------------
+
+-- Advisory lock classes, one range for all of nightowls: base + 0..255 one org's appends (by hash),
+-- base + 256 a direct insert (any org), base + 257 an aggregate, base + 258 an org.
+create function nightowls._lock_class(number int)
+  returns int
+  language sql
+  immutable
+  strict
+  parallel safe
+  return 1852798720 + number;
+
+revoke all on function nightowls._lock_class(int) from public;
+
+create function nightowls._org_class(org uuid)
+  returns int
+  language sql
+  immutable
+  strict
+  parallel safe
+  return uuid_hash(org) & 255;
+
+revoke all on function nightowls._org_class(uuid) from public;
+
+-- A key is the low 32 bits of a position, as a signed integer.
+create function nightowls._lock_key(number bigint)
+  returns int
+  language sql
+  immutable
+  strict
+  parallel safe
+  return (((number + 2147483648) & 4294967295) - 2147483648)::int;
+
+revoke all on function nightowls._lock_key(bigint) from public;
+
+-- nightowls.door says, for the transaction it names, that one of our functions is at work:
+-- <xid>|append|<class of the org>, or <xid>|project. It is shut before the function returns.
+create function nightowls._open_door(purpose text)
+  returns text
+  language sql
+  volatile
+  parallel unsafe
+  return set_config('nightowls.door', pg_current_xact_id()::text || '|' || purpose, true);
+
+revoke all on function nightowls._open_door(text) from public;
+
+create function nightowls._shut_door()
+  returns text
+  language sql
+  volatile
+  parallel unsafe
+  return set_config('nightowls.door', '', true);
+
+revoke all on function nightowls._shut_door() from public;
+
+create function nightowls._door_is(purpose text)
+  returns boolean
+  language sql
+  stable
+  parallel unsafe
+  return current_setting('nightowls.door', true) is not distinct from pg_current_xact_id_if_assigned()::text || '|' || purpose;
+
+revoke all on function nightowls._door_is(text) from public;
+
+-- The hold, taken once a transaction and class, before a position is drawn. nightowls.held remembers it as
+-- <xid>|<class>:<last position>|…#<locks on aggregates>; a rolled-back savepoint takes lock and memory together.
+-- Definer: reading the sequence needs rights that callers lack.
+create function nightowls._hold()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_xid   text := pg_current_xact_id()::text || '|';
+  v_door  text := current_setting('nightowls.door', true);
+  v_held  text := current_setting('nightowls.held', true);
+  v_class text := '256';
+  v_last  bigint;
+begin
+  if starts_with(v_door, v_xid || 'append|') then
+    v_class := split_part(v_door, '|', 3);
+  end if;
+  if v_held is null or not starts_with(v_held, v_xid) then
+    v_held := v_xid || '#0';
+  elsif strpos(v_held, '|' || v_class || ':') > 0 or strpos(v_held, '|256:') > 0 then
+    return null;
+  end if;
+
+  -- Never null, also on a sequence nobody has drawn from yet.
+  select case when s.is_called then s.last_value else s.last_value - 1 end
+    into v_last
+    from nightowls.events_position_seq s;
+  perform pg_advisory_xact_lock_shared(nightowls._lock_class(v_class::int), nightowls._lock_key(v_last));
+  perform set_config('nightowls.held',
+                     split_part(v_held, '#', 1) || v_class || ':' || v_last || '|#' || split_part(v_held, '#', 2), true);
+  return null;
+end;
+$$;
+
+revoke all on function nightowls._hold() from public;
+
+create trigger t10_hold
+  before insert on nightowls.events
+  for each statement execute function nightowls._hold();
+
+-- The last position at or below which nothing can appear any more for this org. What has been drawn and what
+-- is held must be read in this order, each in a statement of its own, hence volatile: a stable function would see both
+-- with its caller's older snapshot, and the reader would skip. Nothing after the cursor: the locks are not looked at.
+-- Definer: reading the sequence needs rights that callers lack.
+create function nightowls._safe_position(org uuid, after bigint)
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_last bigint;
+  v_held bigint;
+begin
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise exception 'the log cannot be read forwards at isolation level %', current_setting('transaction_isolation')
+      using errcode = 'invalid_transaction_state',
+            detail = 'A snapshot taken before the read began would make it skip events.',
+            hint = 'Use read committed.';
+  elsif pg_is_in_recovery() then
+    raise exception 'the log cannot be read forwards on a standby'
+      using errcode = 'object_not_in_prerequisite_state',
+            detail = 'A standby does not know which appends are still open.',
+            hint = 'Read from the primary.';
+  end if;
+
+  select case when s.is_called then s.last_value else s.last_value - 1 end
+    into v_last
+    from nightowls.events_position_seq s;
+  if not exists (
+       select from nightowls.events e
+        where e.org_id = _safe_position.org and e."position" > _safe_position.after) then
+    return _safe_position.after;
+  end if;
+  select min(v_last - ((v_last - l.objid::bigint) & 4294967295))
+    into v_held
+    from pg_locks l
+   where l.locktype = 'advisory'
+     and l.objsubid = 2
+     and l.database = (select d.oid from pg_database d where d.datname = current_database())
+     and l.classid::bigint in (nightowls._lock_class(nightowls._org_class(_safe_position.org)), nightowls._lock_class(256));
+  return least(v_last, v_held);
+end;
+$$;
+
+revoke all on function nightowls._safe_position(uuid, bigint) from public;
+
+-- The rules of an append --------------------------------------------------------------------------
+
+-- A direct insert may leave the version out. Writers to one aggregate take turns, up to 64 aggregates a
+-- transaction; beyond that the org stands for them all, as the lock table is the whole server's.
+create function nightowls._next_version()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_held  text := current_setting('nightowls.held', true);
+  v_count int := split_part(v_held, '#', 2)::int;
+begin
+  if v_count < 64 then
+    perform pg_advisory_xact_lock(
+      nightowls._lock_class(257),
+      hashtext(new.org_id::text || '/' || new.aggregate_type || '/' || new.aggregate_id));
+    perform set_config('nightowls.held', split_part(v_held, '#', 1) || '#' || v_count + 1, true);
+  else
+    perform pg_advisory_xact_lock(nightowls._lock_class(258), uuid_hash(new.org_id));
+  end if;
+  new.version := 1 + coalesce((
+    select e.version
+      from nightowls.events e
+     where e.org_id = new.org_id
+       and e.aggregate_type = new.aggregate_type
+       and e.aggregate_id = new.aggregate_id
+     order by e.version desc
+     limit 1), 0);
+  return new;
+end;
+$$;
+
+revoke all on function nightowls._next_version() from public;
+
+create trigger t15_next_version
+  before insert on nightowls.events
+  for each row when (new.version is null) execute function nightowls._next_version();
+
+-- What an append owes, for the events of one org: refuses what breaks the log's rules, and returns whether anything is
+-- to be projected. A function of its own, apart from the trigger, so that it can be called where triggers cannot run.
+-- Definer: orgs, routes and the sequence are closed to those who append.
+create function nightowls._check_append(
+  org             uuid,
+  aggregate_types text[],
+  aggregate_ids   text[],
+  versions        bigint[],
+  positions       bigint[],
+  event_types     text[]
+)
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  -- The lowest position held by this transaction: it has drawn nothing at or below it.
+  v_low    bigint := split_part(split_part(current_setting('nightowls.held', true), '|', 2), ':', 2)::bigint;
+  v_fault  text;
+  v_type   text;
+  v_id     text;
+  v_number bigint;
+  v_routed boolean;
+begin
+  -- Each row's predecessor must be there, at a lower position: with the unique keys this makes versions
+  -- 1, 2, 3 … in the order of positions. Scalar subqueries, so that the plan is an index probe a row, always.
+  select max(f.fault), bool_or(f.routed)
+    into v_fault, v_routed
+    from (select case
+                   when n.aggregate_type = '' or n.aggregate_id = '' or n.event_type = '' then 'empty'
+                   when octet_length(n.aggregate_type) > 255 or octet_length(n.aggregate_id) > 1024
+                     or octet_length(n.event_type) > 255 then 'long'
+                   when n.position <= v_low
+                     or n.position > (select s.last_value from nightowls.events_position_seq s) then 'position'
+                   when n.version <= 1 then case when n.version < 1 then 'version' end
+                   when coalesce((
+                          select p.position
+                            from nightowls.events p
+                           where p.org_id = _check_append.org
+                             and p.aggregate_type = n.aggregate_type
+                             and p.aggregate_id = n.aggregate_id
+                             and p.version = n.version - 1), n.position) >= n.position then 'version'
+                 end as fault,
+                 exists (
+                   select from nightowls.routes r
+                    where r.org_id = _check_append.org
+                      and r.aggregate_type = n.aggregate_type
+                   offset 0) as routed
+            from unnest(_check_append.aggregate_types, _check_append.aggregate_ids, _check_append.versions,
+                        _check_append.positions, _check_append.event_types)
+                   as n (aggregate_type, aggregate_id, version, position, event_type)) f;
+
+  if v_fault is null and exists (select from nightowls.orgs o where o.org_id = _check_append.org) then
+    return v_routed;
+  end if;
+
+  case v_fault
+  when 'empty' then
+    raise exception 'aggregate_type, aggregate_id and event_type must not be empty'
+      using errcode = 'invalid_parameter_value';
+  when 'long' then
+    raise exception 'aggregate_type, aggregate_id or event_type is too long'
+      using errcode = 'program_limit_exceeded',
+            detail = 'An aggregate_type or event_type has at most 255 bytes, an aggregate_id 1024.';
+  when 'position' then
+    raise exception 'a position cannot be chosen'
+      using errcode = 'invalid_parameter_value',
+            hint = 'Leave position out: it is drawn when the event is inserted.';
+  when 'version' then
+    select n.aggregate_type, n.aggregate_id, n.version
+      into v_type, v_id, v_number
+      from unnest(_check_append.aggregate_types, _check_append.aggregate_ids, _check_append.versions,
+                  _check_append.positions) as n (aggregate_type, aggregate_id, version, position)
+     where n.version < 1
+        or n.version > 1 and coalesce((
+             select p.position
+               from nightowls.events p
+              where p.org_id = _check_append.org
+                and p.aggregate_type = n.aggregate_type
+                and p.aggregate_id = n.aggregate_id
+                and p.version = n.version - 1), n.position) >= n.position
+     limit 1;
+    raise exception 'version % does not follow in aggregate % "%"', v_number, v_type, v_id
+      using errcode = 'invalid_parameter_value',
+            detail = 'Versions are 1, 2, 3 … without gaps, in the order of positions.',
+            hint = 'Leave version out, or append with nightowls.append_event.';
+  else
+    raise exception 'org % does not exist', _check_append.org
+      using errcode = 'invalid_parameter_value', hint = 'Make it with nightowls.create_org(name).';
+  end case;
+end;
+$$;
+
+revoke all on function nightowls._check_append(uuid, text[], text[], bigint[], bigint[], text[]) from public;
+
+-- Whether a JSON value has more than 100 levels of objects and arrays.
+create function nightowls._is_too_deep(value jsonb)
+  returns boolean
+  language sql
+  immutable
+  parallel safe
+  return jsonb_path_exists(value, 'strict $.**{100} ? (@.type() == "object" || @.type() == "array")');
+
+revoke all on function nightowls._is_too_deep(jsonb) from public;
+
+-- The one trigger after an append, for all concerns. Invoker: handlers are user code and run as the one who appends.
+create function nightowls._after_insert()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_orgs      uuid[];
+  v_types     text[];
+  v_ids       text[];
+  v_versions  bigint[];
+  v_positions bigint[];
+  v_kinds     text[];
+  v_deep      boolean;
+  v_size      int;
+  v_org       uuid;
+begin
+  -- A restore brings back what was projected and sent before: nothing is to be done again.
+  if nightowls._is_restoring() then
+    return null;
+  end if;
+
+  select array_agg(n.org_id), array_agg(n.aggregate_type), array_agg(n.aggregate_id), array_agg(n.version),
+         array_agg(n."position"), array_agg(n.event_type),
+         bool_or(nightowls._is_too_deep(n.payload) or nightowls._is_too_deep(n.metadata)),
+         max(greatest(pg_column_size(n.payload), pg_column_size(n.metadata)))
+    into v_orgs, v_types, v_ids, v_versions, v_positions, v_kinds, v_deep, v_size
+    from inserted n;
+  if v_orgs is null then
+    return null;
+  elsif v_deep then
+    raise exception 'payload or metadata is nested too deeply'
+      using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
+  elsif v_size > 16777216 then
+    raise exception 'payload or metadata is too large'
+      using errcode = 'program_limit_exceeded',
+            detail = format('It has %s bytes; at most 16777216 are kept.', v_size),
+            hint = 'Store the large part elsewhere and append a reference to it.';
+  end if;
+
+  if v_orgs[1] = all (v_orgs) then
+    if nightowls._check_append(v_orgs[1], v_types, v_ids, v_versions, v_positions, v_kinds) then
+      perform nightowls._project(v_orgs[1], v_types, v_ids);
+      perform nightowls._call_handlers(v_orgs[1], v_types, v_positions);
+    end if;
+    return null;
+  end if;
+
+  -- No statement below touches two orgs.
+  foreach v_org in array array(select distinct u.org from unnest(v_orgs) u (org)) loop
+    select array_agg(n.aggregate_type), array_agg(n.aggregate_id), array_agg(n.version),
+           array_agg(n."position"), array_agg(n.event_type)
+      into v_types, v_ids, v_versions, v_positions, v_kinds
+      from inserted n
+     where n.org_id = v_org;
+    if nightowls._check_append(v_org, v_types, v_ids, v_versions, v_positions, v_kinds) then
+      perform nightowls._project(v_org, v_types, v_ids);
+      perform nightowls._call_handlers(v_org, v_types, v_positions);
+    end if;
+  end loop;
+  return null;
+end;
+$$;
+
+revoke all on function nightowls._after_insert() from public;
+
+create trigger t20_after_insert
+  after insert on nightowls.events
+  referencing new table as inserted
+  for each statement execute function nightowls._after_insert();
+
+alter table nightowls.events enable row level security;
+alter table nightowls.events force row level security;
+create policy service_all on nightowls.events
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+alter table nightowls.routes enable row level security;
+alter table nightowls.routes force row level security;
+create policy service_all on nightowls.routes
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));

@@ -1,0 +1,616 @@
+-- Appending: one event, a batch for one aggregate, several aggregates at once.
+
+create type nightowls.append_result as ("position" bigint, version bigint);
+
+comment on type nightowls.append_result is 'Where an appended event stands: its position in the log, its version in the aggregate.';
+
+-- Floors come with their own file; until a floor can be held, no fence is good.
+create function nightowls._assert_fence(org uuid, container text, fence bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _assert_fence.container is null or _assert_fence.fence is null then
+    raise exception 'container and fence must be given together'
+      using errcode = 'null_value_not_allowed';
+  end if;
+  raise exception 'floor "%" is not held with fence %', _assert_fence.container, _assert_fence.fence
+    using errcode = 'NW003', hint = 'Request the floor again; what was read under the old fence may be out of date.';
+end;
+$$;
+
+revoke all on function nightowls._assert_fence(uuid, text, bigint) from public;
+
+create function nightowls._refuse_names(aggregate_type text, aggregate_id text, event_type text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _refuse_names.aggregate_type is null or _refuse_names.aggregate_id is null or _refuse_names.event_type is null then
+    raise exception 'aggregate_type, aggregate_id and event_type must not be null'
+      using errcode = 'null_value_not_allowed';
+  elsif _refuse_names.aggregate_type = '' or _refuse_names.aggregate_id = '' or _refuse_names.event_type = '' then
+    raise exception 'aggregate_type, aggregate_id and event_type must not be empty'
+      using errcode = 'invalid_parameter_value';
+  end if;
+  raise exception 'aggregate_type, aggregate_id or event_type is too long'
+    using errcode = 'program_limit_exceeded',
+          detail = 'An aggregate_type or event_type has at most 255 bytes, an aggregate_id 1024.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_names(text, text, text) from public;
+
+create function nightowls._refuse_version(aggregate_type text, aggregate_id text, expected bigint, actual bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'aggregate % "%" is at version %, not %', _refuse_version.aggregate_type, _refuse_version.aggregate_id,
+      _refuse_version.actual, case _refuse_version.expected when -1 then 'above 0' else _refuse_version.expected::text end
+    using errcode = 'NW001',
+          detail = format('Expected version %s, actual version %s.', _refuse_version.expected, _refuse_version.actual),
+          hint = 'Read the aggregate again, decide again, then retry.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_version(text, text, bigint, bigint) from public;
+
+create function nightowls.append_event(
+  aggregate_type   text,
+  aggregate_id     text,
+  event_type       text,
+  payload          jsonb default '{}',
+  expected_version bigint default null,
+  event_id         uuid default null,
+  metadata         jsonb default null,
+  container        text default null,
+  fence            bigint default null,
+  org              uuid default null
+)
+  returns nightowls.append_result
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_org    uuid := nightowls.current_org(append_event.org);
+  v_head   bigint;
+  v_known  nightowls.events;
+  v_result nightowls.append_result;
+begin
+  if octet_length(append_event.aggregate_type) not between 1 and 255
+     or octet_length(append_event.aggregate_id) not between 1 and 1024
+     or octet_length(append_event.event_type) not between 1 and 255
+     or append_event.aggregate_type is null or append_event.aggregate_id is null or append_event.event_type is null then
+    perform nightowls._refuse_names(append_event.aggregate_type, append_event.aggregate_id, append_event.event_type);
+  elsif append_event.payload is null then
+    raise exception 'payload must not be null'
+      using errcode = 'null_value_not_allowed', hint = 'Leave it out for an empty payload.';
+  elsif append_event.expected_version < -1 then
+    raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
+  elsif jsonb_typeof(append_event.metadata) <> 'object' then
+    raise exception 'metadata must be a JSON object' using errcode = 'invalid_parameter_value';
+  elsif append_event.container is not null or append_event.fence is not null then
+    perform nightowls._assert_fence(v_org, append_event.container, append_event.fence);
+  end if;
+
+  loop
+    if append_event.event_id is not null then
+      select e.* into v_known
+        from nightowls.events e
+       where e.org_id = v_org
+         and e.event_id = append_event.event_id;
+      if found then
+        if v_known.aggregate_type = append_event.aggregate_type and v_known.aggregate_id = append_event.aggregate_id
+           and v_known.event_type = append_event.event_type and v_known.payload = append_event.payload then
+          return (v_known."position", v_known.version)::nightowls.append_result;
+        end if;
+        raise exception 'event % exists already with another body', append_event.event_id
+          using errcode = 'NW002',
+                detail = format('It is version %s of aggregate %s "%s".',
+                                v_known.version, v_known.aggregate_type, v_known.aggregate_id),
+                hint = 'One event_id names one event; use a new one for a new event.';
+      end if;
+    end if;
+
+    -- The head comes from the key, not from a counter row: that stays fast while old snapshots are open.
+    v_head := coalesce((
+      select e.version
+        from nightowls.events e
+       where e.org_id = v_org
+         and e.aggregate_type = append_event.aggregate_type
+         and e.aggregate_id = append_event.aggregate_id
+       order by e.version desc
+       limit 1), 0);
+    if append_event.expected_version <> v_head and (append_event.expected_version >= 0 or v_head = 0) then
+      perform nightowls._refuse_version(append_event.aggregate_type, append_event.aggregate_id,
+                                        append_event.expected_version, v_head);
+    end if;
+
+    perform nightowls._open_door('append|' || nightowls._org_class(v_org));
+    insert into nightowls.events
+           (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
+    values (v_org, append_event.aggregate_type, append_event.aggregate_id, v_head + 1, append_event.event_type,
+            append_event.payload, coalesce(append_event.metadata, '{}'), append_event.event_id)
+    on conflict do nothing
+    returning "position", version into v_result;
+    perform nightowls._shut_door();
+    if v_result.version is not null then
+      return v_result;
+    end if;
+    -- Somebody else's append took the version, or brought this event_id, and has committed: look again.
+  end loop;
+end;
+$$;
+
+comment on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) is
+  'Appends one event and returns its position and version. aggregate_type, aggregate_id: what it is about; event_type: what '
+  'happened; payload: the facts; expected_version: null any, 0 the aggregate must not exist, n it must be at version n, '
+  '-1 it must exist; event_id: idempotency key, a retry returns the first result whatever it expects; metadata: actor_id, '
+  'request_id, trace_id and so on; container and fence: only while this floor is held with this fence; org: the tenant. '
+  'Waits for an open append to the same aggregate, for nothing else. Raises NW001 if the expectation is missed, NW002 if '
+  'the event_id exists with another body, NW003 if the fence is too old, NW010 if there is no org, 22004 or 22023 for an '
+  'argument that is null, empty or not valid, 54000 for one that is too long, too large or too deep.';
+
+revoke all on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) from public;
+
+-- The versions some aggregates are at, 0 for those that are not there.
+create function nightowls._heads(org uuid, aggregate_types text[], aggregate_ids text[])
+  returns bigint[]
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+begin
+  return array(
+    select coalesce((
+             select e.version
+               from nightowls.events e
+              where e.org_id = _heads.org
+                and e.aggregate_type = a.aggregate_type
+                and e.aggregate_id = a.aggregate_id
+              order by e.version desc
+              limit 1), 0)
+      from unnest(_heads.aggregate_types, _heads.aggregate_ids) as a (aggregate_type, aggregate_id));
+end;
+$$;
+
+revoke all on function nightowls._heads(uuid, text[], text[]) from public;
+
+-- The first result of a batch whose event_ids are known, some or all: all of them, in this aggregate, in this order,
+-- with these bodies, or NW002.
+create function nightowls._known_batch(
+  org             uuid,
+  aggregate_types text[],
+  aggregate_ids   text[],
+  aggregate_nos   int[],
+  event_types     text[],
+  payloads        jsonb[],
+  event_ids       uuid[]
+)
+  returns table (aggregate_type text, aggregate_id text, "position" bigint, version bigint)
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_good bigint;
+begin
+  -- Where each aggregate's part of the batch began, by the first of its events that is known.
+  return query
+    with b as (
+      select u.aggregate_no, u.event_type, u.payload, u.event_id,
+             row_number() over (partition by u.aggregate_no order by u.no) as nth
+        from unnest(_known_batch.aggregate_nos, _known_batch.event_types, _known_batch.payloads, _known_batch.event_ids)
+               with ordinality as u (aggregate_no, event_type, payload, event_id, no)
+    ), s as (
+      select distinct on (b.aggregate_no) b.aggregate_no, e.aggregate_type, e.aggregate_id, e.version - b.nth as base
+        from b
+        join nightowls.events e on e.org_id = _known_batch.org and e.event_id = b.event_id
+       order by b.aggregate_no, b.nth
+    )
+    select e.aggregate_type, e.aggregate_id, e."position", e.version
+      from b
+      join s on s.aggregate_no = b.aggregate_no
+            and s.aggregate_type = _known_batch.aggregate_types[b.aggregate_no]
+            and s.aggregate_id = _known_batch.aggregate_ids[b.aggregate_no]
+      join nightowls.events e
+        on e.org_id = _known_batch.org
+       and e.aggregate_type = s.aggregate_type
+       and e.aggregate_id = s.aggregate_id
+       and e.version = s.base + b.nth
+     where e.event_id is not distinct from b.event_id
+       and e.event_type = b.event_type
+       and e.payload = b.payload
+     order by e."position";
+  get diagnostics v_good = row_count;
+  if v_good < cardinality(_known_batch.event_ids) then
+    raise exception 'event ids of this call exist already with another body'
+      using errcode = 'NW002',
+            detail = format('Of %s events %s are there in this aggregate, in this order, with this body.',
+                            cardinality(_known_batch.event_ids), v_good),
+            hint = 'Retry with exactly the events of the first call, or use new ids for new events.';
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._known_batch(uuid, text[], text[], int[], text[], jsonb[], uuid[]) from public;
+
+-- Events for several aggregates, in flat arrays: the aggregates, then the events, each with its aggregate's number.
+-- Rows go in by key order, so that two calls in reversed order wait for each other but never in a circle.
+create function nightowls._append_batch(
+  org             uuid,
+  aggregate_types text[],
+  aggregate_ids   text[],
+  expected        bigint[],
+  aggregate_nos   int[],
+  event_types     text[],
+  payloads        jsonb[],
+  metadatas       jsonb[],
+  event_ids       uuid[]
+)
+  returns table (aggregate_type text, aggregate_id text, "position" bigint, version bigint)
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_ids   uuid[] := array_remove(_append_batch.event_ids, null);
+  v_heads bigint[];
+  v_no    bigint;
+  v_table text;
+begin
+  loop
+    if v_ids <> '{}' and exists (
+         select from nightowls.events e where e.org_id = _append_batch.org and e.event_id = any (v_ids)) then
+      return query select * from nightowls._known_batch(
+        _append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids, _append_batch.aggregate_nos,
+        _append_batch.event_types, _append_batch.payloads, _append_batch.event_ids);
+      return;
+    end if;
+
+    v_heads := nightowls._heads(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids);
+    select a.no into v_no
+      from unnest(_append_batch.expected, v_heads) with ordinality as a (expected, head, no)
+     where a.expected <> a.head and (a.expected >= 0 or a.head = 0)
+     limit 1;
+    if found then
+      perform nightowls._refuse_version(_append_batch.aggregate_types[v_no], _append_batch.aggregate_ids[v_no],
+                                        _append_batch.expected[v_no], v_heads[v_no]);
+    end if;
+
+    begin
+      perform nightowls._open_door('append|' || nightowls._org_class(_append_batch.org));
+      return query
+        insert into nightowls.events as e
+               (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
+        select _append_batch.org, n.aggregate_type, n.aggregate_id, n.version, n.event_type, n.payload,
+               coalesce(n.metadata, '{}'), n.event_id
+          from (select _append_batch.aggregate_types[u.aggregate_no] collate "C" as aggregate_type,
+                       _append_batch.aggregate_ids[u.aggregate_no] collate "C" as aggregate_id,
+                       v_heads[u.aggregate_no] + row_number() over (partition by u.aggregate_no order by u.no) as version,
+                       u.event_type, u.payload, u.metadata, u.event_id
+                  from unnest(_append_batch.aggregate_nos, _append_batch.event_types, _append_batch.payloads,
+                              _append_batch.metadatas, _append_batch.event_ids)
+                         with ordinality as u (aggregate_no, event_type, payload, metadata, event_id, no)) n
+         order by n.aggregate_type, n.aggregate_id, n.version
+        returning e.aggregate_type, e.aggregate_id, e."position", e.version;
+      perform nightowls._shut_door();
+      return;
+    exception when unique_violation then
+      get stacked diagnostics v_table = table_name;
+      if v_table is distinct from 'events' then
+        raise;
+      elsif current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+        raise exception 'could not serialize access: somebody else appended'
+          using errcode = 'serialization_failure', hint = 'Retry the transaction.';
+      elsif cardinality(v_ids) > (select count(distinct u.id) from unnest(v_ids) as u (id)) then
+        raise exception 'an event_id stands in this call twice'
+          using errcode = 'invalid_parameter_value', hint = 'One event_id names one event.';
+      end if;
+      -- Somebody else's append took a version, or brought these ids, and has committed: look again.
+    end;
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._append_batch(uuid, text[], text[], bigint[], int[], text[], jsonb[], jsonb[], uuid[])
+  from public;
+
+-- One batch's events as arrays. Names the first element that will not do.
+create function nightowls._parse_events(
+  events          jsonb,
+  path            text,
+  out event_types text[],
+  out payloads    jsonb[],
+  out metadatas   jsonb[],
+  out event_ids   uuid[]
+)
+  language plpgsql
+  immutable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_fault text;
+begin
+  if _parse_events.events is null then
+    raise exception '% must not be null', _parse_events.path using errcode = 'null_value_not_allowed';
+  elsif jsonb_typeof(_parse_events.events) <> 'array' or _parse_events.events = '[]' then
+    raise exception '% must be a JSON array of at least one event', _parse_events.path
+      using errcode = 'invalid_parameter_value';
+  end if;
+
+  select min(x.fault),
+         array_agg(x.event_type order by x.no), array_agg(x.payload order by x.no), array_agg(x.metadata order by x.no),
+         array_agg(x.event_id order by x.no)
+    into v_fault, _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids
+    from (select u.no,
+                 u.e ->> 'event_type' as event_type,
+                 coalesce(u.e -> 'payload', '{}') as payload,
+                 nullif(u.e -> 'metadata', 'null') as metadata,
+                 case when u.e ->> 'event_id' ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
+                      then (u.e ->> 'event_id')::uuid end as event_id,
+                 case
+                   when jsonb_typeof(u.e) <> 'object' then 'is not an object'
+                   when jsonb_typeof(u.e -> 'event_type') is distinct from 'string' then 'has no event_type'
+                   when u.e ->> 'event_type' = '' then 'has an empty event_type'
+                   when jsonb_typeof(u.e -> 'metadata') not in ('object', 'null') then 'has metadata that is not an object'
+                   when u.e ->> 'event_id' !~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
+                     then 'has an event_id that is not a uuid'
+                   when u.e - '{event_type,payload,metadata,event_id}'::text[] <> '{}' then 'has an unknown key'
+                 end as fault
+            from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)) x;
+  if v_fault is not null then
+    raise exception '% is not valid: %', _parse_events.path, v_fault
+      using errcode = 'invalid_parameter_value',
+            hint = 'An event is {"event_type": text, "payload": any, "metadata": object, "event_id": uuid}; only event_type is required.';
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._parse_events(jsonb, text) from public;
+
+create function nightowls.append_events(
+  aggregate_type   text,
+  aggregate_id     text,
+  events           jsonb,
+  expected_version bigint default null,
+  container        text default null,
+  fence            bigint default null,
+  org              uuid default null
+)
+  returns setof nightowls.append_result
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org   uuid := nightowls.current_org(append_events.org);
+  v_batch record;
+begin
+  if octet_length(append_events.aggregate_type) not between 1 and 255
+     or octet_length(append_events.aggregate_id) not between 1 and 1024
+     or append_events.aggregate_type is null or append_events.aggregate_id is null then
+    perform nightowls._refuse_names(append_events.aggregate_type, append_events.aggregate_id, 'any');
+  elsif append_events.expected_version < -1 then
+    raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
+  elsif append_events.container is not null or append_events.fence is not null then
+    perform nightowls._assert_fence(v_org, append_events.container, append_events.fence);
+  end if;
+  v_batch := nightowls._parse_events(append_events.events, 'events');
+
+  return query
+    select b."position", b.version
+      from nightowls._append_batch(
+             v_org, array[append_events.aggregate_type], array[append_events.aggregate_id],
+             array[append_events.expected_version], array_fill(1, array[cardinality(v_batch.event_types)]),
+             v_batch.event_types, v_batch.payloads, v_batch.metadatas, v_batch.event_ids) b;
+end;
+$$;
+
+comment on function nightowls.append_events(text, text, jsonb, bigint, text, bigint, uuid) is
+  'Appends a batch of events to one aggregate, all or nothing, and returns the position and version of each, in order. '
+  'events: a JSON array of {"event_type", "payload", "metadata", "event_id"}; the other arguments as in append_event. A retry '
+  'whose event ids are all known, in this order and with these bodies, returns the first result. '
+  'Waits for an open append to the same aggregate, for nothing else. Raises NW001 if the expectation is missed, NW002 if some '
+  'event ids exist and some do not or with another body, NW003 if the fence is too old, NW010 if there is no org, 22004 or '
+  '22023 for an argument that is null or not valid, 54000 for one that is too long, too large or too deep, '
+  '40001 above read committed when somebody else appended.';
+
+revoke all on function nightowls.append_events(text, text, jsonb, bigint, text, bigint, uuid) from public;
+
+create function nightowls.append_many(appends jsonb, org uuid default null)
+  returns table (aggregate_type text, aggregate_id text, "position" bigint, version bigint)
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org      uuid := nightowls.current_org(append_many.org);
+  v_fault    text;
+  v_twice    text;
+  v_types    text[];
+  v_ids      text[];
+  v_expected bigint[];
+  v_nos      int[];
+  v_batch    record;
+begin
+  if append_many.appends is null then
+    raise exception 'appends must not be null' using errcode = 'null_value_not_allowed';
+  elsif jsonb_typeof(append_many.appends) <> 'array' or append_many.appends = '[]' then
+    raise exception 'appends must be a JSON array of at least one append' using errcode = 'invalid_parameter_value';
+  end if;
+
+  select min(format('appends[%s] %s', x.no - 1, x.fault)) filter (where x.fault is not null),
+         array_agg(x.aggregate_type order by x.no), array_agg(x.aggregate_id order by x.no),
+         array_agg(case when x.fault is null then x.expected end order by x.no)
+    into v_fault, v_types, v_ids, v_expected
+    from (select u.no,
+                 u.a ->> 'aggregate_type' as aggregate_type,
+                 u.a ->> 'aggregate_id' as aggregate_id,
+                 case when jsonb_typeof(u.a -> 'expected_version') = 'number' then (u.a ->> 'expected_version')::numeric::bigint
+                 end as expected,
+                 case
+                   when jsonb_typeof(u.a) <> 'object' then 'is not an object'
+                   when jsonb_typeof(u.a -> 'aggregate_type') is distinct from 'string' then 'has no aggregate_type'
+                   when octet_length(u.a ->> 'aggregate_type') not between 1 and 255
+                     then 'has an aggregate_type that is not 1 to 255 bytes long'
+                   when jsonb_typeof(u.a -> 'aggregate_id') is distinct from 'string' then 'has no aggregate_id'
+                   when octet_length(u.a ->> 'aggregate_id') not between 1 and 1024
+                     then 'has an aggregate_id that is not 1 to 1024 bytes long'
+                   when jsonb_typeof(u.a -> 'events') is distinct from 'array' or u.a -> 'events' = '[]'
+                     then 'has no events: a JSON array of at least one'
+                   when jsonb_typeof(u.a -> 'expected_version') not in ('number', 'null')
+                     or u.a ->> 'expected_version' !~ '^(-1|[0-9]{1,18})$'
+                     then 'has an expected_version that is not a whole number, -1 or more'
+                   when u.a - '{aggregate_type,aggregate_id,events,expected_version}'::text[] <> '{}' then 'has an unknown key'
+                 end as fault
+            from jsonb_array_elements(append_many.appends) with ordinality as u (a, no)) x;
+  if v_fault is not null then
+    raise exception '%', v_fault
+      using errcode = 'invalid_parameter_value',
+            hint = 'An append is {"aggregate_type": text, "aggregate_id": text, "events": […], "expected_version": number or null}.';
+  end if;
+
+  select format('%s "%s"', a.aggregate_type, a.aggregate_id) into v_twice
+    from unnest(v_types, v_ids) as a (aggregate_type, aggregate_id)
+   group by a.aggregate_type, a.aggregate_id
+  having count(*) > 1
+   limit 1;
+  if found then
+    raise exception 'aggregate % stands in appends twice', v_twice
+      using errcode = 'invalid_parameter_value', hint = 'Put all its events into one append.';
+  end if;
+
+  select array_agg(u.no::int order by u.no, e.no), jsonb_agg(e.event order by u.no, e.no)
+    into v_nos, append_many.appends
+    from jsonb_array_elements(append_many.appends) with ordinality as u (a, no)
+    cross join lateral jsonb_array_elements(u.a -> 'events') with ordinality as e (event, no);
+  v_batch := nightowls._parse_events(append_many.appends, 'appends[].events');
+
+  return query
+    select b.*
+      from nightowls._append_batch(v_org, v_types, v_ids, v_expected, v_nos, v_batch.event_types, v_batch.payloads,
+                                   v_batch.metadatas, v_batch.event_ids) b;
+end;
+$$;
+
+comment on function nightowls.append_many(jsonb, uuid) is
+  'Appends to several aggregates at once, all or nothing, and returns the position and version of each event in the order of '
+  'the log, which is by aggregate_type, aggregate_id and version. appends: a JSON array of {"aggregate_type", "aggregate_id", '
+  '"events", "expected_version"}, events as in append_events; org: the tenant. Each aggregate has its own expectation. '
+  'Waits for open appends to the same aggregates; two calls in reversed order do not deadlock. Errors as in append_events, '
+  'and 22023 if an aggregate stands there twice.';
+
+revoke all on function nightowls.append_many(jsonb, uuid) from public;
+
+-- The uuid v5 (RFC 9562, SHA-1) of a name; Postgres itself has no SHA-1.
+create function nightowls._uuid_v5(namespace uuid, name text)
+  returns uuid
+  language plpgsql
+  immutable
+  strict
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_mask constant bigint := 4294967295;
+  v_data bytea := uuid_send(_uuid_v5.namespace) || convert_to(_uuid_v5.name, 'UTF8');
+  v_size bigint := octet_length(v_data);
+  v_hash bigint[] := array[1732584193, 4023233417, 2562383102, 271733878, 3285377520]::bigint[];
+  v_w    bigint[];
+  a bigint; b bigint; c bigint; d bigint; e bigint; f bigint; k bigint; v_next bigint;
+begin
+  -- Padding: a one bit, zeros, the length in bits.
+  v_data := v_data || '\x80'::bytea || decode(repeat('00', ((119 - v_size % 64) % 64)::int), 'hex') || int8send(v_size * 8);
+
+  for v_block in 0 .. octet_length(v_data) / 64 - 1 loop
+    for i in 0 .. 15 loop
+      v_w[i] := (get_byte(v_data, v_block * 64 + i * 4)::bigint << 24)
+              | (get_byte(v_data, v_block * 64 + i * 4 + 1) << 16)
+              | (get_byte(v_data, v_block * 64 + i * 4 + 2) << 8)
+              | get_byte(v_data, v_block * 64 + i * 4 + 3);
+    end loop;
+    for i in 16 .. 79 loop
+      v_next := v_w[i - 3] # v_w[i - 8] # v_w[i - 14] # v_w[i - 16];
+      v_w[i] := ((v_next << 1) | (v_next >> 31)) & v_mask;
+    end loop;
+
+    a := v_hash[1]; b := v_hash[2]; c := v_hash[3]; d := v_hash[4]; e := v_hash[5];
+    for i in 0 .. 79 loop
+      if i < 20 then
+        f := d # (b & (c # d)); k := 1518500249;
+      elsif i < 40 then
+        f := b # c # d; k := 1859775393;
+      elsif i < 60 then
+        f := (b & c) | (d & (b | c)); k := 2400959708;
+      else
+        f := b # c # d; k := 3395469782;
+      end if;
+      v_next := ((((a << 5) | (a >> 27)) & v_mask) + f + e + k + v_w[i]) & v_mask;
+      e := d; d := c; c := ((b << 30) | (b >> 2)) & v_mask; b := a; a := v_next;
+    end loop;
+    v_hash := array[(v_hash[1] + a) & v_mask, (v_hash[2] + b) & v_mask, (v_hash[3] + c) & v_mask,
+                    (v_hash[4] + d) & v_mask, (v_hash[5] + e) & v_mask];
+  end loop;
+
+  v_data := substr(int8send(v_hash[1]), 5) || substr(int8send(v_hash[2]), 5)
+         || substr(int8send(v_hash[3]), 5) || substr(int8send(v_hash[4]), 5);
+  v_data := set_byte(v_data, 6, (get_byte(v_data, 6) & 15) | 80);
+  v_data := set_byte(v_data, 8, (get_byte(v_data, 8) & 63) | 128);
+  return encode(v_data, 'hex')::uuid;
+end;
+$$;
+
+revoke all on function nightowls._uuid_v5(uuid, text) from public;
+
+create function nightowls.event_id_for(source text, external_id text)
+  returns uuid
+  language sql
+  immutable
+  strict
+  parallel safe
+  return nightowls._uuid_v5(nightowls._uuid_v5('6e696768-746f-5c77-8c73-2e6576656e74', source), external_id);
+
+comment on function nightowls.event_id_for(text, text) is
+  'An event_id made of a foreign id, such as Stripe''s evt_…: always the same uuid for the same source and id, so that a webhook '
+  'that arrives twice is appended once. It is the uuid v5 of external_id in the namespace that is the uuid v5 of source in '
+  '6e696768-746f-5c77-8c73-2e6576656e74. null if an argument is null.';
+
+revoke all on function nightowls.event_id_for(text, text) from public;

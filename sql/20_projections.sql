@@ -1,0 +1,335 @@
+-- Projections: state derived from events. Here: what they are, the states, and the work an append does for them.
+--
+-- A stored state is the fold of versions 1..version of its aggregate, never anything else. It can be behind (a
+-- projection made or rebuilt while appends were open); whoever needs it folds the rest, so it is never wrong.
+
+create table nightowls.projections (
+  org_id         uuid        not null,
+  name           text        collate "C" not null,
+  kind           text        not null,
+  aggregate_type text        collate "C",
+  reducer        jsonb,
+  handler        text,
+  target         text,
+  query          text,
+  refresh_every  interval,
+  mode           text        not null default 'inline',
+  generation     int         not null default 1,
+  lagging_from   bigint,
+  created_at     timestamptz not null default clock_timestamp(),
+  refreshed_at   timestamptz,
+  constraint projections_pkey primary key (org_id, name),
+  constraint projections_kind_check check (kind in ('reducer', 'handler', 'table', 'view')),
+  constraint projections_mode_check check (mode in ('inline', 'async'))
+);
+
+comment on table nightowls.projections is 'The projections there are: what they read, how they fold, where the state is.';
+comment on column nightowls.projections.org_id is 'The tenant.';
+comment on column nightowls.projections.name is 'The projection''s name, unique within the org.';
+comment on column nightowls.projections.kind is
+  'reducer: state folded by a reducer; handler: by a function of the user''s; table: a read model in the user''s own table; '
+  'view: a materialized view.';
+comment on column nightowls.projections.aggregate_type is 'The aggregate type it reads; null for a view.';
+comment on column nightowls.projections.reducer is 'The reducer, of kind reducer.';
+comment on column nightowls.projections.handler is 'The function, by its qualified name, looked up at each call.';
+comment on column nightowls.projections.target is 'The user''s table (kind table) or the materialized view (kind view), by its qualified name.';
+comment on column nightowls.projections.query is 'The query of a view.';
+comment on column nightowls.projections.refresh_every is 'How often the clock refreshes a view.';
+comment on column nightowls.projections.mode is 'inline: kept in the transaction that appends.';
+comment on column nightowls.projections.generation is 'Which generation of states is the live one; a rebuild makes the next.';
+comment on column nightowls.projections.lagging_from is
+  'After a build beside open appends: stored states of aggregates with events above this position may be behind '
+  'until refresh_projection(name). state() is exact all the same. null: none is behind.';
+comment on column nightowls.projections.created_at is 'When the projection was made.';
+comment on column nightowls.projections.refreshed_at is 'When it was last built or refreshed.';
+
+-- A new row a change, newest wins, so that a lookup stays one probe while an old snapshot keeps the
+-- replaced rows alive. The one that replaces a row deletes it.
+create table nightowls._projection_states (
+  org_id       uuid        not null,
+  projection   text        collate "C" not null,
+  generation   int         not null,
+  aggregate_id text        collate "C" not null,
+  version      bigint      not null,
+  "position"   bigint      not null,
+  state        jsonb,
+  updated_at   timestamptz not null default clock_timestamp(),
+  constraint _projection_states_pkey primary key (org_id, projection, generation, aggregate_id, version)
+) with (autovacuum_vacuum_scale_factor = 0.05);
+
+comment on table nightowls._projection_states is 'Storage of projection_states, all generations.';
+comment on column nightowls._projection_states.org_id is 'The tenant.';
+comment on column nightowls._projection_states.projection is 'The projection.';
+comment on column nightowls._projection_states.generation is 'The build it belongs to.';
+comment on column nightowls._projection_states.aggregate_id is 'The aggregate.';
+comment on column nightowls._projection_states.version is 'The last version folded in.';
+comment on column nightowls._projection_states."position" is 'That event''s position.';
+comment on column nightowls._projection_states.state is 'The state; null after a tombstone.';
+comment on column nightowls._projection_states.updated_at is 'When the row was written.';
+
+create view nightowls.projection_states
+  with (security_invoker = true)
+as
+  select distinct on (s.org_id, s.projection, s.aggregate_id)
+         s.org_id, s.projection, s.aggregate_id, s.version, s."position", s.state, s.updated_at
+    from nightowls._projection_states s
+    join nightowls.projections p on p.org_id = s.org_id and p.name = s.projection and p.generation = s.generation
+   order by s.org_id, s.projection, s.aggregate_id, s.version desc;
+
+comment on view nightowls.projection_states is
+  'The stored state of each aggregate, one row an aggregate and projection; state is null after a tombstone. '
+  'Read-only (NW008): states come from events.';
+comment on column nightowls.projection_states.org_id is 'The tenant.';
+comment on column nightowls.projection_states.projection is 'The projection.';
+comment on column nightowls.projection_states.aggregate_id is 'The aggregate.';
+comment on column nightowls.projection_states.version is 'The last version folded in.';
+comment on column nightowls.projection_states."position" is 'That event''s position.';
+comment on column nightowls.projection_states.state is 'The state; null after a tombstone.';
+comment on column nightowls.projection_states.updated_at is 'When the state was stored.';
+
+-- Refuses a write that is not a projection's own. It calls nothing of ours, as it also guards tables of
+-- users who may call nothing of ours.
+create function nightowls._refuse_write()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if current_setting('nightowls.door', true) = pg_current_xact_id_if_assigned()::text || '|project'
+     or current_setting('row_security') = 'off'
+        and pg_has_role(current_user, (select c.relowner from pg_class c where c.oid = tg_relid), 'usage') then
+    return coalesce(new, old);
+  end if;
+  raise exception '%.% is kept by a projection', tg_table_schema, tg_table_name
+    using errcode = 'NW008',
+          detail = format('%s is refused, whoever asks.', tg_op),
+          hint = 'Append an event; to make the state anew, use nightowls.rebuild_projection(name).';
+end;
+$$;
+
+revoke all on function nightowls._refuse_write() from public;
+
+create trigger t05_projection_only
+  before insert or update or delete or truncate on nightowls._projection_states
+  for each statement execute function nightowls._refuse_write();
+
+create trigger t05_projection_only
+  instead of insert or update or delete on nightowls.projection_states
+  for each row execute function nightowls._refuse_write();
+
+-- Folds what is new of some aggregates into the stored states of their reducer projections.
+-- Definer: nobody else may write states.
+create function nightowls._project(org uuid, aggregate_types text[], aggregate_ids text[])
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set enable_hashjoin to off
+  set enable_mergejoin to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_door text := current_setting('nightowls.door', true);
+begin
+  perform nightowls._open_door('project');
+  with folded as materialized (
+    select p.name, p.generation, a.aggregate_id, o.version as old_version, f.version, f."position", f.state
+      from (select distinct u.aggregate_type, u.aggregate_id
+              from unnest(_project.aggregate_types, _project.aggregate_ids) as u (aggregate_type, aggregate_id)) a
+      join nightowls.routes r
+        on r.org_id = _project.org and r.aggregate_type = a.aggregate_type and r.kind = 'reducer'
+      join nightowls.projections p on p.org_id = _project.org and p.name = r.name
+      left join lateral (
+             select s.version, s.state
+               from nightowls._projection_states s
+              where s.org_id = _project.org and s.projection = p.name and s.generation = p.generation
+                and s.aggregate_id = a.aggregate_id
+              order by s.version desc
+              limit 1) o on true
+     cross join lateral nightowls._fold_tail(
+             _project.org, p.reducer,
+             case when o.version is null then coalesce(p.reducer -> 'initial', '{}') else o.state end,
+             a.aggregate_type, a.aggregate_id, coalesce(o.version, 0) + 1, null) f
+     where f.version is not null
+  ), removed as (
+    delete from nightowls._projection_states s
+     using folded f
+     where s.org_id = _project.org and s.projection = f.name and s.generation = f.generation
+       and s.aggregate_id = f.aggregate_id and s.version = f.old_version
+  )
+  insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
+  select _project.org, f.name, f.generation, f.aggregate_id, f.version, f."position", f.state
+    from folded f
+  on conflict do nothing;
+  perform set_config('nightowls.door', coalesce(v_door, ''), true);
+end;
+$$;
+
+revoke all on function nightowls._project(uuid, text[], text[]) from public;
+
+-- Stores a state that a handler made, for no other kind of projection. Definer: nobody else may write states.
+create function nightowls._save_state(
+  org          uuid,
+  projection   text,
+  generation   int,
+  aggregate_id text,
+  old_version  bigint,
+  version      bigint,
+  at           bigint,
+  state        jsonb
+)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_door text := current_setting('nightowls.door', true);
+begin
+  if not exists (
+       select from nightowls.projections p
+        where p.org_id = _save_state.org and p.name = _save_state.projection and p.kind = 'handler') then
+    raise exception 'states of projection "%" are not kept by a handler', _save_state.projection
+      using errcode = 'NW008', hint = 'Append an event instead.';
+  end if;
+  perform nightowls._open_door('project');
+  delete from nightowls._projection_states s
+   where s.org_id = _save_state.org and s.projection = _save_state.projection and s.generation = _save_state.generation
+     and s.aggregate_id = _save_state.aggregate_id and s.version = _save_state.old_version;
+  insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
+  values (_save_state.org, _save_state.projection, _save_state.generation, _save_state.aggregate_id, _save_state.version,
+          _save_state.at, _save_state.state)
+  on conflict do nothing;
+  perform set_config('nightowls.door', coalesce(v_door, ''), true);
+end;
+$$;
+
+revoke all on function nightowls._save_state(uuid, text, int, text, bigint, bigint, bigint, jsonb) from public;
+
+-- Folds one aggregate with a handler, as the caller: (state, event) → state.
+create function nightowls._fold_by_handler(
+  org            uuid,
+  handler        text,
+  base           jsonb,
+  aggregate_type text,
+  aggregate_id   text,
+  from_version   bigint,
+  to_version     bigint,
+  out state      jsonb,
+  out version    bigint,
+  out "position" bigint
+)
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_event nightowls.events;
+begin
+  _fold_by_handler.state := _fold_by_handler.base;
+  for v_event in
+    select e.*
+      from nightowls.events e
+     where e.org_id = _fold_by_handler.org
+       and e.aggregate_type = _fold_by_handler.aggregate_type
+       and e.aggregate_id = _fold_by_handler.aggregate_id
+       and e.version >= _fold_by_handler.from_version
+       and (_fold_by_handler.to_version is null or e.version <= _fold_by_handler.to_version)
+     order by e.version
+  loop
+    execute 'select ' || _fold_by_handler.handler || '($1, $2)'
+       into _fold_by_handler.state
+      using _fold_by_handler.state, v_event;
+    _fold_by_handler.version := v_event.version;
+    _fold_by_handler."position" := v_event."position";
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._fold_by_handler(uuid, text, jsonb, text, text, bigint, bigint) from public;
+
+-- Calls the handlers that wait for these events, as the one who appends: never as the owner.
+create function nightowls._call_handlers(org uuid, aggregate_types text[], positions bigint[])
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_projection nightowls.projections;
+  v_event      nightowls.events;
+  v_old        bigint;
+  v_state      jsonb;
+  v_folded     record;
+begin
+  for v_projection in
+    select p.*
+      from nightowls.routes r
+      join nightowls.projections p on p.org_id = r.org_id and p.name = r.name
+     where r.org_id = _call_handlers.org
+       and r.aggregate_type = any (_call_handlers.aggregate_types)
+       and r.kind = 'handler'
+     order by p.name
+  loop
+    for v_event in
+      select e.*
+        from nightowls.events e
+       where e.org_id = _call_handlers.org
+         and e."position" = any (_call_handlers.positions)
+         and e.aggregate_type = v_projection.aggregate_type
+       order by e."position"
+    loop
+      if v_projection.kind = 'table' then
+        -- Opened for each call: a handler that appends shuts it.
+        perform nightowls._open_door('project');
+        execute 'select ' || v_projection.handler || '($1)' using v_event;
+        perform nightowls._shut_door();
+        continue;
+      end if;
+      perform nightowls._shut_door();
+      v_old := null;
+      v_state := null;
+      select s.version, s.state into v_old, v_state
+        from nightowls._projection_states s
+       where s.org_id = v_event.org_id and s.projection = v_projection.name
+         and s.generation = v_projection.generation and s.aggregate_id = v_event.aggregate_id
+       order by s.version desc
+       limit 1;
+      v_folded := nightowls._fold_by_handler(
+        v_event.org_id, v_projection.handler, v_state, v_event.aggregate_type, v_event.aggregate_id,
+        coalesce(v_old, 0) + 1, v_event.version);
+      if v_folded.version is not null then
+        perform nightowls._save_state(v_event.org_id, v_projection.name, v_projection.generation, v_event.aggregate_id,
+                                      v_old, v_folded.version, v_folded."position", v_folded.state);
+      end if;
+    end loop;
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._call_handlers(uuid, text[], bigint[]) from public;
+
+alter table nightowls.projections enable row level security;
+alter table nightowls.projections force row level security;
+create policy service_all on nightowls.projections
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+alter table nightowls._projection_states enable row level security;
+alter table nightowls._projection_states force row level security;
+create policy service_all on nightowls._projection_states
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));

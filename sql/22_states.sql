@@ -1,0 +1,745 @@
+-- Making projections, asking for states, building them anew and checking them.
+
+create function nightowls._projection(name text, org uuid)
+  returns nightowls.projections
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_projection nightowls.projections;
+begin
+  select p.* into v_projection
+    from nightowls.projections p
+   where p.org_id = _projection.org and p.name = _projection.name;
+  if not found then
+    perform nightowls._refuse_unknown('projection', _projection.name, array(
+      select p.name from nightowls.projections p where p.org_id = _projection.org));
+  end if;
+  return v_projection;
+end;
+$$;
+
+revoke all on function nightowls._projection(text, uuid) from public;
+
+-- A function's qualified name, from a name as the user writes it. arguments: the lists it may take, best first; which
+-- of them it takes comes back as taken.
+create function nightowls._resolve_handler(handler text, arguments text[], out name text, out taken int)
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_oid oid;
+begin
+  if _resolve_handler.handler ~ '^[^().]+\.[^().]+$' then
+    for i in 1 .. cardinality(_resolve_handler.arguments) loop
+      v_oid := to_regprocedure(_resolve_handler.handler || _resolve_handler.arguments[i]);
+      if v_oid is not null then
+        select format('%I.%I', n.nspname, p.proname), i
+          into _resolve_handler.name, _resolve_handler.taken
+          from pg_proc p join pg_namespace n on n.oid = p.pronamespace
+         where p.oid = v_oid;
+        return;
+      end if;
+    end loop;
+  end if;
+  raise exception 'handler "%" is not a function that fits', left(_resolve_handler.handler, 128)
+    using errcode = 'undefined_function',
+          hint = format('Give schema.name of a function that takes %s.', array_to_string(_resolve_handler.arguments, ' or '));
+end;
+$$;
+
+revoke all on function nightowls._resolve_handler(text, text[]) from public;
+
+create function nightowls._check_projection_name(name text)
+  returns void
+  language plpgsql
+  immutable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _check_projection_name.name is null then
+    raise exception 'name must not be null' using errcode = 'null_value_not_allowed';
+  elsif _check_projection_name.name = '' then
+    raise exception 'name must not be empty' using errcode = 'invalid_parameter_value';
+  elsif octet_length(_check_projection_name.name) > 255 then
+    raise exception 'name is too long'
+      using errcode = 'program_limit_exceeded', detail = 'A projection''s name has at most 255 bytes.';
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._check_projection_name(text) from public;
+
+-- Writes a projection down, unless it is there with the same definition (false). Definer: the table is closed.
+-- Only what runs no code of the owner's can be written here by others: reducers and handlers.
+create function nightowls._register_projection(definition nightowls.projections)
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_found nightowls.projections;
+begin
+  insert into nightowls.projections
+         (org_id, name, kind, aggregate_type, reducer, handler, target, query, refresh_every, mode, lagging_from)
+  select (_register_projection.definition).org_id, (_register_projection.definition).name,
+         (_register_projection.definition).kind, (_register_projection.definition).aggregate_type,
+         (_register_projection.definition).reducer, (_register_projection.definition).handler,
+         (_register_projection.definition).target, (_register_projection.definition).query,
+         (_register_projection.definition).refresh_every, 'inline', (_register_projection.definition).lagging_from
+  on conflict do nothing;
+  if not found then
+    select p.* into v_found
+      from nightowls.projections p
+     where p.org_id = (_register_projection.definition).org_id and p.name = (_register_projection.definition).name;
+    if (v_found.kind, v_found.aggregate_type, v_found.reducer, v_found.handler, v_found.target, v_found.query)
+         is distinct from
+       ((_register_projection.definition).kind, (_register_projection.definition).aggregate_type,
+        (_register_projection.definition).reducer, (_register_projection.definition).handler,
+        (_register_projection.definition).target, (_register_projection.definition).query) then
+      raise exception 'projection "%" exists already with another definition', v_found.name
+        using errcode = 'duplicate_object',
+              hint = 'Change it with nightowls.alter_projection(), or drop it with nightowls.drop_projection().';
+    end if;
+    return false;
+  end if;
+
+  if (_register_projection.definition).kind <> 'view' then
+    insert into nightowls.routes (org_id, aggregate_type, kind, name)
+    values ((_register_projection.definition).org_id, (_register_projection.definition).aggregate_type,
+            case (_register_projection.definition).kind when 'reducer' then 'reducer' else 'handler' end,
+            (_register_projection.definition).name);
+  end if;
+  return true;
+end;
+$$;
+
+revoke all on function nightowls._register_projection(nightowls.projections) from public;
+
+-- Where a build begins: events at or below are all visible to the statements that follow.
+create function nightowls._build_mark(org uuid)
+  returns bigint
+  language sql
+  volatile
+  parallel unsafe
+  return nightowls._safe_position(org, -1);
+
+revoke all on function nightowls._build_mark(uuid) from public;
+
+-- Fills a generation with the states of all aggregates of the type, from events as they are, then makes it the live one.
+-- Nobody waits for this: appends go on with the generation they see, and those that end meanwhile are folded in later
+-- (lagging_from). Definer: nobody else may write states. Reducers only: it runs as the owner.
+create function nightowls._build_states(org uuid, name text, build int, mark bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_projection nightowls.projections;
+begin
+  select p.* into strict v_projection
+    from nightowls.projections p
+   where p.org_id = _build_states.org and p.name = _build_states.name;
+  perform nightowls._open_door('project');
+  -- What the build before this one replaced; nobody reads it any more.
+  delete from nightowls._projection_states s
+   where s.org_id = _build_states.org and s.projection = _build_states.name and s.generation < v_projection.generation;
+
+  insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
+  select _build_states.org, v_projection.name, _build_states.build, a.aggregate_id, f.version, f."position", f.state
+    from (select distinct e.aggregate_id
+            from nightowls.events e
+           where e.org_id = _build_states.org and e.aggregate_type = v_projection.aggregate_type) a
+   cross join lateral nightowls._fold_tail(
+           _build_states.org, v_projection.reducer, coalesce(v_projection.reducer -> 'initial', '{}'),
+           v_projection.aggregate_type, a.aggregate_id, 1, null) f
+   where f.version is not null
+  on conflict do nothing;
+
+  update nightowls.projections p
+     set generation = _build_states.build, lagging_from = _build_states.mark, refreshed_at = clock_timestamp()
+   where p.org_id = _build_states.org and p.name = _build_states.name;
+  perform nightowls._shut_door();
+end;
+$$;
+
+revoke all on function nightowls._build_states(uuid, text, int, bigint) from public;
+
+-- The same for a handler's states, as the caller.
+create function nightowls._build_by_handler(projection nightowls.projections, build int)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_id     text;
+  v_folded record;
+begin
+  for v_id in
+    select distinct e.aggregate_id
+      from nightowls.events e
+     where e.org_id = (_build_by_handler.projection).org_id
+       and e.aggregate_type = (_build_by_handler.projection).aggregate_type
+  loop
+    v_folded := nightowls._fold_by_handler(
+      (_build_by_handler.projection).org_id, (_build_by_handler.projection).handler, null,
+      (_build_by_handler.projection).aggregate_type, v_id, 1, null);
+    if v_folded.version is not null then
+      perform nightowls._save_state(
+        (_build_by_handler.projection).org_id, (_build_by_handler.projection).name, _build_by_handler.build, v_id, null,
+        v_folded.version, v_folded."position", v_folded.state);
+    end if;
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._build_by_handler(nightowls.projections, int) from public;
+
+-- Makes a generation built by a handler the live one. Definer: the table is closed.
+create function nightowls._go_live(org uuid, name text, build int, mark bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  perform nightowls._open_door('project');
+  delete from nightowls._projection_states s
+   where s.org_id = _go_live.org and s.projection = _go_live.name and s.generation < _go_live.build - 1;
+  perform nightowls._shut_door();
+  update nightowls.projections p
+     set generation = _go_live.build, lagging_from = _go_live.mark, refreshed_at = clock_timestamp()
+   where p.org_id = _go_live.org and p.name = _go_live.name;
+end;
+$$;
+
+revoke all on function nightowls._go_live(uuid, text, int, bigint) from public;
+
+-- One build at a time for a projection; the generation it is to make. Definer: the table is closed.
+create function nightowls._begin_build(org uuid, name text)
+  returns int
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_generation int;
+begin
+  perform pg_advisory_xact_lock(
+    nightowls._lock_class(259), hashtext(_begin_build.org::text || '/' || _begin_build.name));
+  select p.generation + 1 into strict v_generation
+    from nightowls.projections p
+   where p.org_id = _begin_build.org and p.name = _begin_build.name;
+  return v_generation;
+end;
+$$;
+
+revoke all on function nightowls._begin_build(uuid, text) from public;
+
+create function nightowls.create_projection(
+  name           text,
+  aggregate_type text,
+  reducer        jsonb default null,
+  handler        text default null,
+  mode           text default 'inline',
+  org            uuid default null
+)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(create_projection.org);
+  v_definition nightowls.projections;
+  v_taken      int;
+  v_mark       bigint;
+begin
+  perform nightowls._check_projection_name(create_projection.name);
+  if octet_length(create_projection.aggregate_type) not between 1 and 255 or create_projection.aggregate_type is null then
+    perform nightowls._refuse_names(create_projection.aggregate_type, 'any', 'any');
+  end if;
+  if (create_projection.reducer is null) = (create_projection.handler is null) then
+    raise exception 'a projection needs a reducer or a handler, not both'
+      using errcode = 'invalid_parameter_value';
+  elsif create_projection.mode is distinct from 'inline' then
+    if create_projection.mode = 'async' then
+      raise exception 'projections of mode async are not supported yet'
+        using errcode = 'feature_not_supported', hint = 'Use mode inline.';
+    end if;
+    raise exception 'mode must be inline or async' using errcode = 'invalid_parameter_value';
+  end if;
+
+  v_definition.org_id := v_org;
+  v_definition.name := create_projection.name;
+  v_definition.aggregate_type := create_projection.aggregate_type;
+  if create_projection.reducer is not null then
+    perform nightowls.check_reducer(create_projection.reducer);
+    v_definition.kind := 'reducer';
+    v_definition.reducer := create_projection.reducer;
+  else
+    v_definition.kind := 'handler';
+    v_definition.handler := (nightowls._resolve_handler(
+      create_projection.handler, array['(jsonb, nightowls.events)'])).name;
+  end if;
+
+  v_mark := nightowls._build_mark(v_org);
+  v_definition.lagging_from := v_mark;
+  if not nightowls._register_projection(v_definition) then
+    return;
+  end if;
+  perform nightowls._rebuild_states(v_definition.name, v_org, v_mark);
+end;
+$$;
+
+comment on function nightowls.create_projection(text, text, jsonb, text, text, uuid) is
+  'Makes a projection: a state for each aggregate of aggregate_type, kept in the transaction that appends. name: unique in the org. '
+  'Give one of reducer (JSON, see docs/projections.md) and handler (schema.name of a function (state jsonb, event nightowls.events) '
+  'returns jsonb, run as the one who appends); mode: inline; org: the tenant. What is in the log is folded in before this returns; '
+  'nobody waits for that. The same definition again changes nothing. Raises 22023 for a reducer that is not valid, with the '
+  'path at fault, 42710 if the projection exists with another definition, 42883 if the handler does not exist, 0A000 for mode async, '
+  '25001 above read committed, 22004 for a null name, NW010 if there is no org.';
+
+revoke all on function nightowls.create_projection(text, text, jsonb, text, text, uuid) from public;
+
+-- Builds the next generation of a projection's states beside the live one.
+create function nightowls._rebuild_states(name text, org uuid, mark bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_build      int := nightowls._begin_build(_rebuild_states.org, _rebuild_states.name);
+  v_projection nightowls.projections := nightowls._projection(_rebuild_states.name, _rebuild_states.org);
+begin
+  if v_projection.kind = 'reducer' then
+    perform nightowls._build_states(_rebuild_states.org, _rebuild_states.name, v_build, _rebuild_states.mark);
+  else
+    perform nightowls._build_by_handler(v_projection, v_build);
+    perform nightowls._go_live(_rebuild_states.org, _rebuild_states.name, v_build, _rebuild_states.mark);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._rebuild_states(text, uuid, bigint) from public;
+
+-- Puts a changed reducer or handler in place. Definer: the table is closed.
+create function nightowls._redefine_projection(org uuid, name text, reducer jsonb, handler text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  update nightowls.projections p
+     set reducer = _redefine_projection.reducer, handler = _redefine_projection.handler
+   where p.org_id = _redefine_projection.org and p.name = _redefine_projection.name
+     and p.kind in ('reducer', 'handler');
+end;
+$$;
+
+revoke all on function nightowls._redefine_projection(uuid, text, jsonb, text) from public;
+
+create function nightowls.alter_projection(
+  name    text,
+  reducer jsonb default null,
+  handler text default null,
+  org     uuid default null
+)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(alter_projection.org);
+  v_projection nightowls.projections := nightowls._projection(alter_projection.name, v_org);
+  v_handler    text;
+  v_mark       bigint;
+begin
+  if v_projection.kind = 'reducer' and alter_projection.reducer is not null and alter_projection.handler is null then
+    perform nightowls.check_reducer(alter_projection.reducer);
+  elsif v_projection.kind = 'handler' and alter_projection.handler is not null and alter_projection.reducer is null then
+    v_handler := (nightowls._resolve_handler(alter_projection.handler, array['(jsonb, nightowls.events)'])).name;
+  else
+    raise exception 'projection "%" is of kind %: that cannot be changed so', v_projection.name, v_projection.kind
+      using errcode = 'invalid_parameter_value',
+            hint = 'Give a reducer for kind reducer, a handler for kind handler; drop and make the others anew.';
+  end if;
+  v_mark := nightowls._build_mark(v_org);
+  perform nightowls._redefine_projection(v_org, v_projection.name, alter_projection.reducer, v_handler);
+  perform nightowls._rebuild_states(v_projection.name, v_org, v_mark);
+end;
+$$;
+
+comment on function nightowls.alter_projection(text, jsonb, text, uuid) is
+  'Gives a projection another reducer or handler and builds its states anew beside the old ones, then swaps them; nobody waits. '
+  'name: the projection; reducer or handler: as in create_projection; org: the tenant. Waits for another build of the same projection. '
+  'Raises NW007 if the projection does not exist, 22023 for a reducer that is not valid or does not fit its kind, 42883 if the '
+  'handler does not exist, 25001 above read committed, NW010 if there is no org.';
+
+revoke all on function nightowls.alter_projection(text, jsonb, text, uuid) from public;
+
+-- The state of one aggregate at a version (null: now): the stored state and what came after it, or everything from the
+-- beginning when the stored one is newer.
+create function nightowls._state(projection nightowls.projections, aggregate_id text, to_version bigint)
+  returns jsonb
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_version bigint;
+  v_state   jsonb;
+begin
+  if (_state.projection).kind not in ('reducer', 'handler') then
+    raise exception 'projection "%" is of kind % and keeps no states', (_state.projection).name, (_state.projection).kind
+      using errcode = 'invalid_parameter_value',
+            hint = format('Read %s.', (_state.projection).target);
+  elsif _state.aggregate_id is null then
+    raise exception 'aggregate_id must not be null' using errcode = 'null_value_not_allowed';
+  end if;
+
+  select s.version, s.state into v_version, v_state
+    from nightowls._projection_states s
+   where s.org_id = (_state.projection).org_id
+     and s.projection = (_state.projection).name
+     and s.generation = (_state.projection).generation
+     and s.aggregate_id = _state.aggregate_id
+   order by s.version desc
+   limit 1;
+  if v_version is null or v_version > _state.to_version then
+    v_version := 0;
+    v_state := case (_state.projection).kind when 'reducer' then coalesce((_state.projection).reducer -> 'initial', '{}') end;
+    if not exists (
+         select from nightowls.events e
+          where e.org_id = (_state.projection).org_id and e.aggregate_type = (_state.projection).aggregate_type
+            and e.aggregate_id = _state.aggregate_id and e.version = 1)
+       or _state.to_version < 1 then
+      return null;
+    end if;
+  end if;
+
+  if (_state.projection).kind = 'handler' then
+    return (nightowls._fold_by_handler(
+      (_state.projection).org_id, (_state.projection).handler, v_state, (_state.projection).aggregate_type,
+      _state.aggregate_id, v_version + 1, _state.to_version)).state;
+  end if;
+  return (nightowls._fold_tail(
+    (_state.projection).org_id, (_state.projection).reducer, v_state, (_state.projection).aggregate_type,
+    _state.aggregate_id, v_version + 1, _state.to_version)).state;
+end;
+$$;
+
+revoke all on function nightowls._state(nightowls.projections, text, bigint) from public;
+
+create function nightowls.state(projection text, aggregate_id text, org uuid default null)
+  returns jsonb
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return nightowls._state(
+    nightowls._projection(state.projection, nightowls.current_org(state.org)), state.aggregate_id, null);
+end;
+$$;
+
+comment on function nightowls.state(text, text, uuid) is
+  'The state of one aggregate in a projection: what is stored and the events after it. null if the aggregate does not exist or '
+  'was tombstoned. projection: its name; aggregate_id: which one; org: the tenant. Locks nothing. Raises NW007 if the projection does '
+  'not exist, 22023 for a table or view projection, 22004 for a null argument, NW010 if there is no org.';
+
+revoke all on function nightowls.state(text, text, uuid) from public;
+
+create function nightowls.state_at(projection text, aggregate_id text, version bigint, org uuid default null)
+  returns jsonb
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_projection nightowls.projections :=
+    nightowls._projection(state_at.projection, nightowls.current_org(state_at.org));
+begin
+  if state_at.version is null then
+    raise exception 'version must not be null' using errcode = 'null_value_not_allowed', hint = 'For the newest use nightowls.state().';
+  elsif state_at.version < 0 then
+    raise exception 'version must be 0 or more' using errcode = 'invalid_parameter_value';
+  end if;
+  return nightowls._state(v_projection, state_at.aggregate_id, state_at.version);
+end;
+$$;
+
+comment on function nightowls.state_at(text, text, bigint, uuid) is
+  'The state of one aggregate in a projection as it was at a version; above the newest version, the newest state. null if the aggregate '
+  'did not exist then or was tombstoned. projection: its name; org: the tenant. Locks nothing. Raises as state(), and 22023 for a '
+  'negative version.';
+
+revoke all on function nightowls.state_at(text, text, bigint, uuid) from public;
+
+create function nightowls.state_at_time(projection text, aggregate_id text, at timestamptz, org uuid default null)
+  returns jsonb
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_projection nightowls.projections :=
+    nightowls._projection(state_at_time.projection, nightowls.current_org(state_at_time.org));
+  v_version    bigint;
+begin
+  if state_at_time.at is null then
+    raise exception 'at must not be null' using errcode = 'null_value_not_allowed';
+  end if;
+  -- Times are not always rising with versions: the first event after the time ends the history.
+  select e.version - 1 into v_version
+    from nightowls.events e
+   where e.org_id = v_projection.org_id
+     and e.aggregate_type = v_projection.aggregate_type
+     and e.aggregate_id = state_at_time.aggregate_id
+     and e.created_at > state_at_time.at
+   order by e.version
+   limit 1;
+  return nightowls._state(v_projection, state_at_time.aggregate_id, v_version);
+end;
+$$;
+
+comment on function nightowls.state_at_time(text, text, timestamptz, uuid) is
+  'The state of one aggregate in a projection as it was at a time: up to the last version before the first event created after it. '
+  'null if the aggregate did not exist then or was tombstoned. projection: its name; org: the tenant. Reads the aggregate''s events up to '
+  'that one. Locks nothing. Raises as state().';
+
+revoke all on function nightowls.state_at_time(text, text, timestamptz, uuid) from public;
+
+-- Folds in what appends that were open during a build have added. Definer: the table is closed; reducers only.
+create function nightowls._catch_up(org uuid, name text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_from bigint;
+  v_safe bigint;
+  v_last bigint;
+  v_type text;
+  v_ids  text[];
+begin
+  select p.lagging_from, p.aggregate_type into v_from, v_type
+    from nightowls.projections p
+   where p.org_id = _catch_up.org and p.name = _catch_up.name
+     for update;
+  if v_from is null then
+    return;
+  end if;
+  -- With nothing held at this moment, every append that did not know of the build has ended.
+  select case when s.is_called then s.last_value else s.last_value - 1 end into v_last from nightowls.events_position_seq s;
+  v_safe := nightowls._safe_position(_catch_up.org, -1);
+  v_ids := array(
+    select distinct e.aggregate_id
+      from nightowls.events e
+     where e.org_id = _catch_up.org and e."position" > v_from and e.aggregate_type = v_type);
+  if v_ids <> '{}' then
+    perform nightowls._project(_catch_up.org, array_fill(v_type, array[cardinality(v_ids)]), v_ids);
+  end if;
+  update nightowls.projections p
+     set lagging_from = case when v_safe < v_last then greatest(v_from, v_safe) end, refreshed_at = clock_timestamp()
+   where p.org_id = _catch_up.org and p.name = _catch_up.name;
+end;
+$$;
+
+revoke all on function nightowls._catch_up(uuid, text) from public;
+
+create function nightowls.refresh_projection(name text, org uuid default null)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(refresh_projection.org);
+  v_projection nightowls.projections := nightowls._projection(refresh_projection.name, v_org);
+begin
+  case v_projection.kind
+  when 'reducer' then
+    perform nightowls._catch_up(v_org, v_projection.name);
+  when 'handler' then
+    if v_projection.lagging_from is not null then
+      perform nightowls._rebuild_states(v_projection.name, v_org, nightowls._build_mark(v_org));
+    end if;
+  when 'view' then
+    perform nightowls._refresh_view(v_org, v_projection.name);
+  else
+    null; -- A table projection is kept by each append and never behind.
+  end case;
+end;
+$$;
+
+comment on function nightowls.refresh_projection(text, uuid) is
+  'Brings a projection up to date: a view is refreshed (concurrently: readers do not wait); stored states that a build beside open '
+  'appends left behind are folded on. name: the projection; org: the tenant. Waits for another refresh of the same projection. '
+  'Raises NW007 if the projection does not exist, 25001 above read committed, NW010 if there is no org.';
+
+revoke all on function nightowls.refresh_projection(text, uuid) from public;
+
+create function nightowls.rebuild_projection(name text, org uuid default null)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(rebuild_projection.org);
+  v_projection nightowls.projections := nightowls._projection(rebuild_projection.name, v_org);
+begin
+  case v_projection.kind
+  when 'view' then
+    perform nightowls._refresh_view(v_org, v_projection.name);
+  when 'table' then
+    perform nightowls._rebuild_table(v_projection);
+  else
+    perform nightowls._rebuild_states(v_projection.name, v_org, nightowls._build_mark(v_org));
+  end case;
+end;
+$$;
+
+comment on function nightowls.rebuild_projection(text, uuid) is
+  'Makes a projection anew from the whole log, beside the live one, then swaps them. Readers and writers never wait; only a table '
+  'projection, whose rows are the user''s, keeps appends of its aggregate type waiting until it is done (readers do not wait). Appends '
+  'open at the swap are folded in by their aggregate''s next event, by refresh_projection, and by state() when it is asked. '
+  'name: the projection; org: the tenant. Waits for another build of the same projection. Raises NW007 if it does not exist, 25001 '
+  'above read committed, NW010 if there is no org.';
+
+revoke all on function nightowls.rebuild_projection(text, uuid) from public;
+
+create function nightowls.verify_projection(name text, sample int default null, org uuid default null)
+  returns table (aggregate_id text, version bigint, state jsonb, replayed jsonb)
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(verify_projection.org);
+  v_projection nightowls.projections := nightowls._projection(verify_projection.name, v_org);
+begin
+  if v_projection.kind not in ('reducer', 'handler') then
+    raise exception 'projection "%" is of kind % and keeps no states', v_projection.name, v_projection.kind
+      using errcode = 'invalid_parameter_value';
+  elsif verify_projection.sample < 1 then
+    raise exception 'sample must be 1 or more' using errcode = 'invalid_parameter_value';
+  end if;
+
+  return query
+    with heads as (
+      select e.aggregate_id, max(e.version) as version
+        from nightowls.events e
+       where e.org_id = v_org and e.aggregate_type = v_projection.aggregate_type
+       group by e.aggregate_id
+    ), chosen as (
+      select coalesce(h.aggregate_id, s.aggregate_id) as aggregate_id, h.version
+        from heads h
+        full join (select distinct x.aggregate_id
+                     from nightowls._projection_states x
+                    where x.org_id = v_org and x.projection = v_projection.name
+                      and x.generation = v_projection.generation) s on s.aggregate_id = h.aggregate_id
+       order by case when verify_projection.sample is not null then random() end
+       limit verify_projection.sample
+    ), compared as materialized (
+      select c.aggregate_id, c.version,
+             nightowls._state(v_projection, c.aggregate_id, c.version) as state,
+             case when c.version is not null then nightowls._replay(v_projection, c.aggregate_id, c.version) end as replayed
+        from chosen c
+    )
+    select c.aggregate_id::text, c.version, c.state, c.replayed
+      from compared c
+     where c.state::text is distinct from c.replayed::text
+     order by c.aggregate_id;
+end;
+$$;
+
+comment on function nightowls.verify_projection(text, int, uuid) is
+  'Compares states with a full replay of their events and returns every aggregate whose state differs, with both; no rows is good. '
+  'name: the projection; sample: how many aggregates to look at, chosen at random, null for all; org: the tenant. Locks nothing. '
+  'Raises NW007 if the projection does not exist, 22023 for one that keeps no states or a sample below 1, NW010 if there is no org.';
+
+revoke all on function nightowls.verify_projection(text, int, uuid) from public;
+
+create function nightowls._replay(projection nightowls.projections, aggregate_id text, to_version bigint)
+  returns jsonb
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if (_replay.projection).kind = 'handler' then
+    return (nightowls._fold_by_handler(
+      (_replay.projection).org_id, (_replay.projection).handler, null, (_replay.projection).aggregate_type,
+      _replay.aggregate_id, 1, _replay.to_version)).state;
+  end if;
+  return (nightowls._fold_tail(
+    (_replay.projection).org_id, (_replay.projection).reducer, coalesce((_replay.projection).reducer -> 'initial', '{}'),
+    (_replay.projection).aggregate_type, _replay.aggregate_id, 1, _replay.to_version)).state;
+end;
+$$;
+
+revoke all on function nightowls._replay(nightowls.projections, text, bigint) from public;

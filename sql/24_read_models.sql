@@ -1,0 +1,309 @@
+-- Read models: projections into the user's own table, and materialized views.
+
+create function nightowls.create_table_projection(
+  name           text,
+  aggregate_type text,
+  target         text,
+  handler        text,
+  org            uuid default null
+)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(create_table_projection.org);
+  v_target     regclass := to_regclass(create_table_projection.target);
+  v_definition nightowls.projections;
+begin
+  perform nightowls._check_projection_name(create_table_projection.name);
+  if octet_length(create_table_projection.aggregate_type) not between 1 and 255
+     or create_table_projection.aggregate_type is null then
+    perform nightowls._refuse_names(create_table_projection.aggregate_type, 'any', 'any');
+  end if;
+  if v_target is null then
+    raise exception 'table "%" does not exist', left(create_table_projection.target, 128)
+      using errcode = 'undefined_table', hint = 'Give schema.table.';
+  elsif (select c.relkind from pg_class c where c.oid = v_target) not in ('r', 'p') then
+    raise exception '"%" is not a table', v_target using errcode = 'wrong_object_type';
+  end if;
+
+  v_definition.org_id := v_org;
+  v_definition.name := create_table_projection.name;
+  v_definition.kind := 'table';
+  v_definition.aggregate_type := create_table_projection.aggregate_type;
+  v_definition.handler := (nightowls._resolve_handler(create_table_projection.handler, array['(nightowls.events)'])).name;
+  v_definition.target := (
+    select format('%I.%I', n.nspname, c.relname)
+      from pg_class c join pg_namespace n on n.oid = c.relnamespace
+     where c.oid = v_target);
+
+  if not nightowls._has_org_id(v_definition.target)
+     and exists (select from nightowls.projections p
+                  where p.kind = 'table' and p.target = v_definition.target and p.org_id <> v_org) then
+    raise exception 'table % is kept by a projection of another org', v_definition.target
+      using errcode = 'object_in_use', hint = 'A table that several orgs share needs a column org_id.';
+  end if;
+
+  if nightowls._register_projection(v_definition) then
+    if not exists (
+         select from pg_trigger t
+          where t.tgrelid = v_target and t.tgfoid = 'nightowls._refuse_write()'::regprocedure) then
+      execute format(
+        'create trigger nightowls_projection_only before insert or update or delete or truncate on %s '
+        'for each statement execute function nightowls._refuse_write()', v_definition.target);
+    end if;
+    perform nightowls._rebuild_table(v_definition);
+  end if;
+end;
+$$;
+
+comment on function nightowls.create_table_projection(text, text, text, text, uuid) is
+  'Makes a read model in a table of the user''s. name: unique in the org; aggregate_type: whose events; target: schema.table; handler: '
+  'schema.name of a function (event nightowls.events) returning void that writes to it, called for each event in version order, in the '
+  'transaction that appends, as the role that appends; org: the tenant. From then on the table refuses every other write (NW008). What is in '
+  'the log is handled before this returns; the table is emptied first, and appends of the type wait. Runs DDL: for the owner of the table. '
+  'Raises 42P01 if the table, 42883 if the handler does not exist, 42809 if the target is no table, 42710 if the projection exists with '
+  'another definition, NW010 if there is no org.';
+
+revoke all on function nightowls.create_table_projection(text, text, text, text, uuid) from public;
+
+-- Waits for every open append, and keeps new ones waiting until this transaction ends: each append reads routes.
+-- Definer: the table is closed.
+create function nightowls._await_appends()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  lock table nightowls.routes in access exclusive mode;
+end;
+$$;
+
+revoke all on function nightowls._await_appends() from public;
+
+-- Whether a table keeps orgs apart by a column org_id.
+create function nightowls._has_org_id(target text)
+  returns boolean
+  language sql
+  stable
+  parallel safe
+  return exists (
+    select from pg_catalog.pg_attribute a
+     where a.attrelid = pg_catalog.to_regclass(target) and a.attname = 'org_id' and not a.attisdropped);
+
+revoke all on function nightowls._has_org_id(text) from public;
+
+-- Empties the target of this org's rows and calls the handlers of all projections that write to it, for every event in
+-- order, as the caller. First what is settled, then, with appends waiting, the rest: no event is left out or handled twice.
+create function nightowls._rebuild_table(projection nightowls.projections)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org  uuid := (_rebuild_table.projection).org_id;
+  v_safe bigint;
+  v_call record;
+begin
+  execute format('lock table %s in share row exclusive mode', (_rebuild_table.projection).target);
+  v_safe := nightowls._safe_position(v_org, -1);
+  perform nightowls._open_door('project');
+  if nightowls._has_org_id((_rebuild_table.projection).target) then
+    execute format('delete from %s where org_id = $1', (_rebuild_table.projection).target) using v_org;
+  else
+    execute format('delete from %s', (_rebuild_table.projection).target);
+  end if;
+
+  for v_pass in 1 .. 2 loop
+    if v_pass = 2 then
+      perform nightowls._await_appends();
+    end if;
+    for v_call in
+      select e as event, p.handler
+        from nightowls.events e
+        join nightowls.projections p
+          on p.org_id = e.org_id and p.aggregate_type = e.aggregate_type
+         and p.kind = 'table' and p.target = (_rebuild_table.projection).target
+       where e.org_id = v_org
+         and case v_pass when 1 then e."position" <= v_safe else e."position" > v_safe end
+       order by e."position", p.name
+    loop
+      perform nightowls._open_door('project');
+      execute 'select ' || v_call.handler || '($1)' using v_call.event;
+    end loop;
+  end loop;
+  perform nightowls._shut_door();
+end;
+$$;
+
+revoke all on function nightowls._rebuild_table(nightowls.projections) from public;
+
+create function nightowls.create_view_projection(
+  name          text,
+  query         text,
+  refresh_every interval default '5 minutes',
+  key_columns   text[] default null,
+  org           uuid default null
+)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(create_view_projection.org);
+  v_definition nightowls.projections;
+  v_data       text := format('nightowls.%I', '_view_' || create_view_projection.name);
+  v_view       text := format('nightowls.%I', 'view_' || create_view_projection.name);
+  v_columns    text[];
+begin
+  perform nightowls._check_projection_name(create_view_projection.name);
+  if octet_length(create_view_projection.name) > 40 then
+    raise exception 'name is too long'
+      using errcode = 'program_limit_exceeded', detail = 'A view projection''s name has at most 40 bytes.';
+  elsif create_view_projection.query is null then
+    raise exception 'query must not be null' using errcode = 'null_value_not_allowed';
+  elsif create_view_projection.refresh_every is null or create_view_projection.refresh_every <= interval '0' then
+    raise exception 'refresh_every must be more than 0' using errcode = 'invalid_parameter_value';
+  end if;
+
+  v_definition.org_id := v_org;
+  v_definition.name := create_view_projection.name;
+  v_definition.kind := 'view';
+  v_definition.target := v_view;
+  v_definition.query := create_view_projection.query;
+  v_definition.refresh_every := create_view_projection.refresh_every;
+  if not nightowls._register_projection(v_definition) then
+    return;
+  elsif to_regclass(v_data) is not null or to_regclass(v_view) is not null then
+    raise exception 'view % exists already', v_view
+      using errcode = 'duplicate_table', hint = 'A view projection serves all orgs: its name is unique among them. Choose another.';
+  end if;
+
+  execute format('create materialized view %s as %s', v_data, create_view_projection.query);
+  select array_agg(a.attname::text order by a.attnum) into v_columns
+    from pg_attribute a
+   where a.attrelid = to_regclass(v_data) and a.attnum > 0;
+  if not exists (
+       select from pg_attribute a
+        where a.attrelid = to_regclass(v_data) and a.attname = 'org_id' and a.atttypid = 'uuid'::regtype) then
+    raise exception 'the query of a view projection must have a column org_id of type uuid'
+      using errcode = 'invalid_parameter_value', hint = 'It keeps the tenants apart; select e.org_id, … group by e.org_id, ….';
+  elsif not coalesce(create_view_projection.key_columns, v_columns) <@ v_columns then
+    raise exception 'key_columns names a column that the query does not have'
+      using errcode = 'undefined_column', detail = format('It has %s.', array_to_string(v_columns, ', '));
+  end if;
+  -- A refresh beside its readers needs a unique key over all rows.
+  execute format('create unique index on %s (%s)', v_data, (
+    select string_agg(format('%I', c.name), ', ' order by c.no)
+      from unnest(coalesce(create_view_projection.key_columns, v_columns)) with ordinality as c (name, no)));
+  execute format('revoke all on %s from public', v_data);
+  execute format('create view %s with (security_barrier = true) as select * from %s '
+                 'where org_id = (select nightowls.current_org())', v_view, v_data);
+  -- The schema's owner refreshes it.
+  execute format('alter materialized view %s owner to %I', v_data, (
+    select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = 'nightowls'));
+  execute format('alter view %s owner to %I', v_view, (
+    select r.rolname from pg_namespace n join pg_roles r on r.oid = n.nspowner where n.nspname = 'nightowls'));
+  execute format('comment on materialized view %s is %L', v_data, 'Data of a view projection, of all orgs: granted to nobody.');
+  execute format('comment on view %s is %L', v_view, 'View projection ' || create_view_projection.name || ', the caller''s org only.');
+end;
+$$;
+
+comment on function nightowls.create_view_projection(text, text, interval, text[], uuid) is
+  'Makes a materialized view over events or states and the view nightowls.view_<name> that shows the caller''s org of it. name: at most '
+  '40 bytes, unique among all orgs; query: it must have a column org_id uuid, and names must be qualified by schema; refresh_every: how often the clock refreshes it; '
+  'key_columns: columns that are unique together, by default all; org: whose list of projections it stands in. Grant select on the view '
+  'to those who may read it. Runs DDL: owner only. Raises 22023 without org_id or for an interval that is not positive, 23505 if the key '
+  'is not unique, 42703 for a key column that is not there, 42710 or 42P07 if it exists with another definition, NW010 if there is no org.';
+
+revoke all on function nightowls.create_view_projection(text, text, interval, text[], uuid) from public;
+
+-- Definer: a refresh is the owner's; the name is looked up, nothing of the caller's is run.
+create function nightowls._refresh_view(org uuid, name text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if exists (
+       select from nightowls.projections p
+        where p.org_id = _refresh_view.org and p.name = _refresh_view.name and p.kind = 'view') then
+    execute format('refresh materialized view concurrently nightowls.%I', '_view_' || _refresh_view.name);
+    update nightowls.projections p
+       set refreshed_at = clock_timestamp()
+     where p.org_id = _refresh_view.org and p.name = _refresh_view.name;
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._refresh_view(uuid, text) from public;
+
+-- Forgets a projection and its states. Definer: the tables are closed.
+create function nightowls._forget_projection(org uuid, name text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  delete from nightowls.routes r where r.org_id = _forget_projection.org and r.name = _forget_projection.name;
+  delete from nightowls.projections p where p.org_id = _forget_projection.org and p.name = _forget_projection.name;
+  perform nightowls._open_door('project');
+  delete from nightowls._projection_states s
+   where s.org_id = _forget_projection.org and s.projection = _forget_projection.name;
+  perform nightowls._shut_door();
+end;
+$$;
+
+revoke all on function nightowls._forget_projection(uuid, text) from public;
+
+create function nightowls.drop_projection(name text, org uuid default null)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org        uuid := nightowls.current_org(drop_projection.org);
+  v_projection nightowls.projections := nightowls._projection(drop_projection.name, v_org);
+begin
+  perform nightowls._forget_projection(v_org, v_projection.name);
+  if v_projection.kind = 'view' then
+    execute format('drop view nightowls.%I', 'view_' || v_projection.name);
+    execute format('drop materialized view nightowls.%I', '_view_' || v_projection.name);
+  elsif v_projection.kind = 'table' and to_regclass(v_projection.target) is not null
+        and not exists (select from nightowls.projections p where p.kind = 'table' and p.target = v_projection.target) then
+    execute format('drop trigger if exists nightowls_projection_only on %s', v_projection.target);
+  end if;
+end;
+$$;
+
+comment on function nightowls.drop_projection(text, uuid) is
+  'Forgets a projection and its states; the events stay. A table projection''s table stays with its rows and may be written to again; '
+  'a view projection''s views are dropped. name: the projection; org: the tenant. For a table or view it runs DDL: owner only. '
+  'Raises NW007 if the projection does not exist, 42501 for a table or view of somebody else''s, NW010 if there is no org.';
+
+revoke all on function nightowls.drop_projection(text, uuid) from public;

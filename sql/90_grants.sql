@@ -1,0 +1,62 @@
+-- Every grant, and the only file that names a role.
+
+create function nightowls.grant_service(role text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_function regprocedure;
+begin
+  if grant_service.role is null then
+    raise exception 'role must not be null' using errcode = 'null_value_not_allowed';
+  elsif not exists (select from pg_roles r where r.rolname = grant_service.role) then
+    raise exception 'role "%" does not exist', left(grant_service.role, 64) using errcode = 'undefined_object';
+  end if;
+
+  execute format('grant usage on schema nightowls to %I', grant_service.role);
+  execute format('grant select on nightowls.events, nightowls.routes, nightowls.projections, nightowls._projection_states, '
+                 'nightowls.projection_states, nightowls.settings, nightowls.orgs, nightowls.org_members to %I', grant_service.role);
+  -- Neither position nor created_at: they are not the caller's to choose.
+  execute format('grant insert (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id) '
+                 'on nightowls.events to %I', grant_service.role);
+  execute format('grant insert, update, delete on nightowls.orgs, nightowls.org_members, nightowls.settings to %I', grant_service.role);
+
+  for v_function in
+    select p.oid::regprocedure
+      from pg_proc p
+     where p.pronamespace = 'nightowls'::regnamespace
+       and p.proname not in (select unnest(nightowls._owner_functions()))
+  loop
+    execute format('grant execute on function %s to %I', v_function, grant_service.role);
+  end loop;
+end;
+$$;
+
+comment on function nightowls.grant_service(text) is
+  'Gives a role the rights of a service: it may call everything but what runs DDL, for every org. role: its name. Owner only. '
+  'Raises 42704 if the role does not exist, 22004 if role is null.';
+
+revoke all on function nightowls.grant_service(text) from public;
+
+-- What runs DDL or gives rights away is the owner's.
+create function nightowls._owner_functions()
+  returns text[]
+  language sql
+  immutable
+  parallel safe
+  return array['grant_service', '_owner_functions', 'create_type_index', 'create_table_projection', 'create_view_projection',
+               'migration_files', '_await_appends'];
+
+revoke all on function nightowls._owner_functions() from public;
+
+do $$
+begin
+  if exists (select from pg_catalog.pg_roles r where r.rolname = 'service_role') then
+    perform nightowls.grant_service('service_role');
+  end if;
+end;
+$$;

@@ -1,0 +1,9 @@
+-- pg_dump leaves out the rows of an extension's tables unless it is told of them: every table and every sequence.
+select pg_catalog.pg_extension_config_dump('nightowls.settings', '');
+select pg_catalog.pg_extension_config_dump('nightowls.orgs', '');
+select pg_catalog.pg_extension_config_dump('nightowls.org_members', '');
+select pg_catalog.pg_extension_config_dump('nightowls.events', '');
+select pg_catalog.pg_extension_config_dump('nightowls.events_position_seq', '');
+select pg_catalog.pg_extension_config_dump('nightowls.routes', '');
+select pg_catalog.pg_extension_config_dump('nightowls.projections', '');
+select pg_catalog.pg_extension_config_dump('nightowls._projection_states', '');

@@ -1,0 +1,77 @@
+//! The one ordered list of SQL files. The extension's script and the plain
+//! migrations are both made from it, in this order.
+
+/// Where a file of [`FILES`] belongs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Scope {
+    /// Both installs.
+    Both,
+    /// Only with the library: C declarations and what only an extension may do.
+    Extension,
+    /// Only in migrations: the prologue and the plain twins.
+    Plain,
+}
+
+/// One SQL file of the install.
+#[derive(Clone, Copy, Debug)]
+pub struct SqlFile {
+    /// The concern: the file's stem without its number.
+    pub concern: &'static str,
+    /// The path, seen from this file.
+    pub path: &'static str,
+    /// The file's whole text.
+    pub text: &'static str,
+    /// Which install it is for.
+    pub scope: Scope,
+}
+
+macro_rules! sql_files {
+    ($($scope:ident $concern:literal $path:literal),+ $(,)?) => {
+        /// Every SQL file, in install order.
+        pub const FILES: &[SqlFile] = &[$(SqlFile {
+            concern: $concern,
+            path: $path,
+            text: include_str!($path),
+            scope: Scope::$scope,
+        }),+];
+
+        #[cfg(feature = "extension")]
+        extension_chain!([] $($scope $concern $path,)+);
+    };
+}
+
+// Emits one `extension_sql_file!` for each file the extension has; each
+// requires the one before it, which is what keeps the order.
+#[cfg(feature = "extension")]
+macro_rules! extension_chain {
+    ([$($before:literal)?]) => {};
+    ([$($before:literal)?] Plain $concern:literal $path:literal, $($rest:tt)*) => {
+        extension_chain!([$($before)?] $($rest)*);
+    };
+    ([] $scope:ident $concern:literal $path:literal, $($rest:tt)*) => {
+        pgrx::extension_sql_file!($path, name = $concern, bootstrap);
+        extension_chain!([$concern] $($rest)*);
+    };
+    ([$before:literal] $scope:ident $concern:literal $path:literal, $($rest:tt)*) => {
+        pgrx::extension_sql_file!($path, name = $concern, requires = [$before]);
+        extension_chain!([$concern] $($rest)*);
+    };
+}
+
+sql_files! {
+    Extension "prologue" "../sql/extension/prologue.sql",
+    Plain "prologue" "../sql/plain/prologue.sql",
+    Both "errors" "../sql/03_errors.sql",
+    Both "tenancy" "../sql/05_tenancy.sql",
+    Both "events" "../sql/10_events.sql",
+    Both "append" "../sql/12_append.sql",
+    Both "reads" "../sql/14_reads.sql",
+    Extension "fold" "../sql/extension/fold.sql",
+    Plain "fold" "../sql/plain/fold.sql",
+    Both "projections" "../sql/20_projections.sql",
+    Both "states" "../sql/22_states.sql",
+    Both "read_models" "../sql/24_read_models.sql",
+    Extension "migration" "../sql/extension/migration.sql",
+    Both "grants" "../sql/90_grants.sql",
+    Extension "dump" "../sql/extension/dump.sql",
+}

@@ -1,0 +1,17 @@
+//! nightowls: the durable core of a swarm of AI agents, inside Postgres.
+//!
+//! `sql/` holds every stateful behaviour and is the one source of both
+//! installs; Rust holds what SQL cannot do, or does slowly. The map:
+//!
+//! | module | concern |
+//! | --- | --- |
+//! | [`install`] | the ordered list of SQL files |
+//! | [`migration`] | that list as an extension script or as migrations |
+//! | [`fold`] | folding events into state |
+
+pub mod fold;
+pub mod install;
+pub mod migration;
+
+#[cfg(feature = "extension")]
+pgrx::pg_module_magic!(name, version);
