@@ -23,7 +23,7 @@ install: ## Build and install the extension into the server of PG_CONFIG=… (ro
 
 migrations: ## Write the plain install as migrations into DEST=…/supabase/migrations
 	@test -n "$(DEST)" || { echo 'usage: make migrations DEST=path/to/supabase/migrations' >&2; exit 2; }
-	@cargo run --quiet --bin owl -- install "$(DEST)"
+	@scripts/migrations.sh "$(DEST)"
 
 bench: ## Measure append and fold; rewrites benches/README.md
 	@scripts/bench.sh
@@ -35,4 +35,5 @@ package: ## Make an installable package with cargo-pgrx (PG=17 chooses) under ta
 	@scripts/package.sh
 
 clean: ## Remove what was built, private servers included
+	@scripts/server.sh remove
 	rm -rf target

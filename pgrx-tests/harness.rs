@@ -1,10 +1,13 @@
 //! The harness itself: what every other test stands on.
 
+use std::panic::{AssertUnwindSafe, catch_unwind};
+use std::path::PathBuf;
+use std::sync::Mutex;
 use std::time::Duration;
 
 use crate::support::{
-    APP, Install, OWNER, Route, SERVICE, STRANGER, on_each_install, on_each_route, own_cluster,
-    pooler_or_skip, quote, wait_until,
+    APP, Install, OWNER, Route, SERVICE, STRANGER, on_each_install, on_each_route, on_install,
+    own_cluster, pooler_or_skip, quote, server, wait_until,
 };
 
 #[test]
@@ -92,6 +95,36 @@ fn a_session_survives_the_database_of_another_test_being_dropped() {
         ));
         assert_eq!(left.as_deref(), Some("0"));
     });
+}
+
+#[test]
+fn a_database_goes_with_its_test_even_when_that_panics() {
+    let name = Mutex::new(String::new());
+    let panicked = catch_unwind(AssertUnwindSafe(|| {
+        on_install(Install::Extension, |db| {
+            *name.lock().expect("nobody else holds it") = db.name().to_owned();
+            panic!("as a failing test does");
+        });
+    }));
+    assert!(panicked.is_err());
+    let left = server()
+        .database(Install::Plain)
+        .superuser()
+        .value(&format!(
+            "select count(*) from pg_database where datname = {}",
+            quote(&name.lock().expect("nobody else holds it"))
+        ));
+    assert_eq!(left.as_deref(), Some("0"));
+}
+
+#[test]
+fn a_cluster_of_its_own_leaves_nothing_behind() {
+    let mut folder = PathBuf::new();
+    own_cluster(|cluster| {
+        folder = cluster.folder().to_owned();
+        assert!(folder.exists());
+    });
+    assert!(!folder.exists());
 }
 
 #[test]

@@ -3,7 +3,11 @@
 
 mod api;
 mod catalog;
+mod errors;
+mod fold;
 mod harness;
 mod migration;
+mod orm;
+mod readme;
 mod supabase;
 mod support;

@@ -486,6 +486,17 @@ fn an_empty_schema_is_taken_by_the_extension_and_explained_by_the_migration() {
 }
 
 #[test]
+fn the_extension_does_not_move_into_the_schema_of_an_ordinary_role() {
+    let db = server().empty_database(Install::Extension);
+    let mut superuser = db.superuser();
+    superuser.exec(&format!("create schema nightowls authorization {STRANGER}"));
+    let refusal = refused_install(&db, Install::Extension);
+    assert_eq!(refusal.code, "42501", "{refusal}");
+    superuser.exec("alter schema nightowls owner to postgres");
+    install_by_hand(&db, Install::Extension);
+}
+
+#[test]
 fn a_database_takes_one_install_only() {
     on_each_install(|db| {
         let refusal = match db.install() {
@@ -507,4 +518,52 @@ fn a_schema_without_the_right_to_make_one_is_refused_by_the_server() {
         quote("nightowls")
     ));
     assert_eq!(left.as_deref(), Some("0"));
+}
+
+/// The SQL blocks of a page, in order.
+fn sql_blocks(page: &str) -> Vec<String> {
+    let mut blocks = Vec::new();
+    let mut block: Option<String> = None;
+    for line in page.lines() {
+        match (line.trim(), &mut block) {
+            ("```sql", None) => block = Some(String::new()),
+            ("```", Some(_)) => blocks.extend(block.take()),
+            (text, Some(block)) => {
+                block.push_str(text);
+                block.push('\n');
+            }
+            _ => (),
+        }
+    }
+    blocks
+}
+
+#[test]
+fn an_older_schema_moves_over_as_the_page_says() {
+    let blocks = sql_blocks(include_str!("../docs/moving.md"));
+    let [rename, org, history] = blocks.as_slice() else {
+        panic!("{} blocks", blocks.len());
+    };
+    for install in Install::ALL {
+        let db = server().empty_database(install);
+        let mut owner = db.owner();
+        owner.exec(
+            "create schema nightowls;
+             create table nightowls.order_events (
+               id bigint primary key, order_id text, kind text, body jsonb, created_at timestamptz);
+             insert into nightowls.order_events
+             select i, 'o' || i % 3, 'order_changed', jsonb_build_object('n', i), '2020-01-01'
+               from generate_series(1, 30) i;",
+        );
+        owner.exec(rename);
+        install_by_hand(&db, install);
+        owner.exec(org);
+        owner.exec(history);
+        let moved = owner.value(
+            "select count(*) || ' ' || max(version) || ' ' || min(metadata ->> 'recorded_at')::timestamptz::date
+               from nightowls.events
+              where version = ((payload ->> 'n')::bigint + 2) / 3",
+        );
+        assert_eq!(moved.as_deref(), Some("30 10 01/01/2020"));
+    }
 }

@@ -99,7 +99,7 @@ impl Said {
 }
 
 /// Installs what `npm/package-lock.json` names, once for each lock file.
-fn installed_cli() -> Result<PathBuf, String> {
+pub fn installed_cli() -> Result<PathBuf, String> {
     let lists = Path::new(env!("CARGO_MANIFEST_DIR")).join("pgrx-tests/npm");
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR")).with_file_name("npm");
     let cli = folder.join("node_modules/@supabase/cli-linux-x64/bin/supabase");
@@ -143,7 +143,7 @@ fn installed_cli() -> Result<PathBuf, String> {
 }
 
 /// Its home is beside it: whatever the user has signed in to stays out of it.
-fn settings(cli: &Path) -> [(&'static str, OsString); 3] {
+pub fn settings(cli: &Path) -> [(&'static str, OsString); 3] {
     let home = cli.with_file_name("home");
     [
         ("HOME", home.into_os_string()),

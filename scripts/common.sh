@@ -2,15 +2,14 @@
 # shellcheck disable=SC2034 # the variables are for the scripts that source this
 # What the scripts beside this one share: source it, do not run it.
 set -euo pipefail
+shopt -s inherit_errexit
 
 root=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
 target=${CARGO_TARGET_DIR:-$root/target}
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' "$root/Cargo.toml" | head -n 1)
 
-# rustup's cargo, where the login shell has not put it on the path yet.
-if ! command -v cargo >/dev/null && [ -x "${CARGO_HOME:-$HOME/.cargo}/bin/cargo" ]; then
-  PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
-fi
+# Where rustup puts cargo: the login shell may not have it on the path yet.
+if ! command -v cargo >/dev/null; then PATH=$PATH:${CARGO_HOME:-$HOME/.cargo}/bin; fi
 
 # Messages go to standard error: standard output is for what a script returns.
 say() { printf '\n==> %s\n' "$*" >&2; }

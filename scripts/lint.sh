@@ -96,7 +96,7 @@ shell_scripts() {
     return 0
   fi
   mapfile -t all < <(files 'scripts/*.sh' '.ci/run')
-  shellcheck --external-sources --source-path=SCRIPTDIR --severity=warning "${all[@]}"
+  shellcheck --external-sources --source-path=SCRIPTDIR --severity=warning "${all[@]}" || return 1
   mapfile -t all < <(files 'pgrx-tests/*.sh')
   shellcheck --severity=warning --shell=sh "${all[@]}"
 }
@@ -106,9 +106,9 @@ PGRX_PG_CONFIG_PATH=$("$root/scripts/server.sh" pg_config "$pg")
 export PGRX_PG_CONFIG_PATH
 
 check 'format' cargo fmt --check
-check 'clippy, without Postgres' cargo clippy --quiet --all-targets -- -D warnings
-check "clippy, for PostgreSQL $pg" cargo clippy --quiet --all-targets --features "pg$pg" -- -D warnings
-check 'Rust documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --quiet --no-deps --lib --features "pg$pg"
+check 'clippy, without Postgres' cargo clippy --all-targets -- -D warnings
+check "clippy, for PostgreSQL $pg" cargo clippy --all-targets --features "pg$pg" -- -D warnings
+check 'Rust documentation' env RUSTDOCFLAGS='-D warnings' cargo doc --no-deps --lib --features "pg$pg"
 check 'rules for SQL' rules_for_sql
 check 'nothing of one machine' portable
 check 'shell scripts' shell_scripts

@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Finds PostgreSQL servers, builds the library for one and installs it.
 #
-#   scripts/server.sh default        the version to use when none is named: 15, else the oldest found
+#   scripts/server.sh installed      the version of a server that the machine has: 15, else the oldest
+#   scripts/server.sh default        that, or else the oldest that an archive has
 #   scripts/server.sh pg_config 17   its pg_config (with headers), or failure
 #   scripts/server.sh tree 17        a private server with nightowls installed; prints its bin folder
+#   scripts/server.sh remove         removes the private servers
 #   scripts/server.sh install        into the server of PG_CONFIG (root may be needed; DESTDIR is honoured)
 #
 # PG_CONFIG=/path names the pg_config to use. A private server is a copy under
@@ -27,24 +29,30 @@ has_headers() { [ -f "$("$1" --includedir-server)/postgres.h" ]; }
 
 # Where the machine has no such server: one unpacked from an archive.
 unpacked() {
-  local major=$1 archive=$archives/postgres-$1.tar.xz tree=$servers/$1
-  [ -f "$archive" ] || return 1
-  local stamp
-  stamp=$(stat -c '%n %s %Y' "$archive")
-  if [ "$(cat "$tree/.stamp" 2>/dev/null)" != "$stamp" ]; then
-    note "unpacking PostgreSQL $major"
-    mkdir -p "$servers"
-    rm -rf "$tree.new" "$tree"
-    mkdir "$tree.new"
-    tar -xJf "$archive" -C "$tree.new" --no-same-owner
-    printf '%s' "$stamp" >"$tree.new/.stamp"
-    mv "$tree.new" "$tree"
-  fi
+  local major=$1 tree=$servers/$1
+  [ -f "$archives/postgres-$major.tar.xz" ] || return 1
+  mkdir -p "$servers"
+  (
+    flock 8
+    unpack "$archives/postgres-$major.tar.xz" "$tree"
+  ) 8>"$servers/.unpacking" || return 1
   "$tree/bin/postgres" --version >/dev/null 2>&1 || return 1
   printf '%s\n' "$tree/bin/pg_config"
 }
 
-find_pg_config() {
+unpack() {
+  local archive=$1 tree=$2 stamp
+  stamp=$(stat -c '%n %s %Y' "$archive")
+  if [ "$(cat "$tree/.stamp" 2>/dev/null)" = "$stamp" ]; then return; fi
+  note "unpacking $(basename "$archive" .tar.xz)"
+  rm -rf "$tree.new" "$tree"
+  mkdir "$tree.new"
+  tar -xJf "$archive" -C "$tree.new" --no-same-owner || return 1
+  printf '%s' "$stamp" >"$tree.new/.stamp"
+  mv "$tree.new" "$tree"
+}
+
+installed_pg_config() {
   local major=$1 candidate
   for candidate in "${PG_CONFIG:-}" "$(command -v pg_config || true)" "/usr/lib/postgresql/$major/bin/pg_config"; do
     if [ -n "$candidate" ] && [ -x "$candidate" ] && [ "$(major_of "$candidate")" = "$major" ] &&
@@ -53,22 +61,30 @@ find_pg_config() {
       return
     fi
   done
-  unpacked "$major"
+  return 1
 }
 
-default_version() {
+find_pg_config() { installed_pg_config "$1" || unpacked "$1"; }
+
+# The oldest supported version of which <command> finds a pg_config.
+oldest() {
   local major
   if [ -n "${PG_CONFIG:-}" ]; then
     major_of "$PG_CONFIG"
     return
   fi
   for major in 15 16 17 18; do
-    if find_pg_config "$major" >/dev/null; then
+    if "$1" "$major" >/dev/null; then
       printf '%s\n' "$major"
       return
     fi
   done
-  die 'no PostgreSQL 15 to 18 with its headers found; scripts/setup.sh build installs one, PG_CONFIG=/path names one'
+  return 1
+}
+
+default_version() {
+  oldest installed_pg_config || oldest unpacked ||
+    die 'no PostgreSQL 15 to 18 with its headers found; scripts/setup.sh build installs one, PG_CONFIG=/path names one'
 }
 
 # The longest folder that holds all the arguments.
@@ -120,8 +136,8 @@ build() {
   (
     cd "$root"
     export CARGO_TARGET_DIR=$target
-    cargo build --quiet --bin owl
-    PGRX_PG_CONFIG_PATH=$pg_config cargo build --quiet --release --features "pg$major" --lib
+    cargo build --bin owl
+    PGRX_PG_CONFIG_PATH=$pg_config cargo build --release --features "pg$major" --lib
   ) >&2 || die 'the build failed'
   cp "$target/release/libnightowls.so" "$folder/nightowls.so"
   sed "s/@CARGO_VERSION@/$version/" "$root/nightowls.control" >"$folder/nightowls.control"
@@ -188,9 +204,11 @@ install_into_server() {
 }
 
 case ${1:-} in
+  installed) oldest installed_pg_config ;;
   default) default_version ;;
   pg_config) find_pg_config "${2:?a version, 15 to 18}" ;;
   tree) tree "${2:-$(default_version)}" ;;
+  remove) rm -rf "$servers" ;;
   install) install_into_server ;;
-  *) die 'usage: scripts/server.sh default | pg_config <version> | tree [<version>] | install' ;;
+  *) die 'usage: scripts/server.sh installed | default | pg_config <version> | tree [<version>] | remove | install' ;;
 esac

@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Installs what is missing on a Debian or Ubuntu machine, and says what.
-# usage: scripts/setup.sh [build] [test] [demo] [bench]
+# usage: scripts/setup.sh [rust] [build] [test] [demo] [bench]
 #
 # Nothing is missing: nothing is done, in well under a second. What is optional
 # and cannot be had is a printed `skip`, not a failure.
@@ -37,8 +37,11 @@ available() {
 
 apt_install() {
   note "installing $*"
-  as_root env DEBIAN_FRONTEND=noninteractive \
-    apt-get -qq install -y --no-install-recommends -o Dpkg::Use-Pty=0 "$@" >/dev/null
+  local said
+  said=$(as_root env DEBIAN_FRONTEND=noninteractive \
+    apt-get -qq install -y --no-install-recommends -o Dpkg::Use-Pty=0 "$@" 2>&1) && return
+  printf '%s\n' "$said" >&2
+  return 1
 }
 
 # need <package>…: those that are missing, or failure.
@@ -69,19 +72,20 @@ want() {
 }
 
 # PostgreSQL 15, or else the oldest supported one that there is.
-server_version() {
-  local found
-  if found=$("$root/scripts/server.sh" default 2>/dev/null); then
-    printf '%s\n' "$found"
-    return
+server() {
+  local pg
+  if "$root/scripts/server.sh" installed >/dev/null; then return; fi
+  if command -v apt-cache >/dev/null; then
+    read_lists
+    for pg in 15 16 17 18; do
+      if available "postgresql-server-dev-$pg"; then
+        without_main_cluster need "postgresql-$pg" "postgresql-server-dev-$pg"
+        return
+      fi
+    done
   fi
-  for found in 15 16 17 18; do
-    if available "postgresql-server-dev-$found"; then
-      printf '%s\n' "$found"
-      return
-    fi
-  done
-  die 'no PostgreSQL 15 to 18 in the package lists; add https://wiki.postgresql.org/wiki/Apt and run this again'
+  "$root/scripts/server.sh" default >/dev/null ||
+    die 'no PostgreSQL 15 to 18 in the package lists: add https://wiki.postgresql.org/wiki/Apt or set PG_CONFIG'
 }
 
 # The packages would start a server of their own on port 5432: not for us.
@@ -104,9 +108,14 @@ rust() {
     note 'installing Rust with rustup (the rustc of Debian 12 and Ubuntu 24.04 is older than the'
     note "$rust_needed this project needs); to do it by hand: https://rustup.rs"
     need curl ca-certificates
-    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs |
-      sh -s -- -y --quiet --profile minimal --component clippy --component rustfmt >&2 ||
+    local installer
+    installer=$(mktemp -d)/rustup-init
+    { curl --proto '=https' --tlsv1.2 -sSf -o "$installer" \
+      "https://static.rust-lang.org/rustup/dist/$(uname -m)-unknown-linux-gnu/rustup-init" &&
+      chmod +x "$installer" &&
+      "$installer" -y --quiet --profile minimal --component clippy --component rustfmt >/dev/null; } ||
       die 'rustup could not install Rust; see https://rustup.rs'
+    rm -r "$(dirname "$installer")"
     PATH=${CARGO_HOME:-$HOME/.cargo}/bin:$PATH
   fi
   local have
@@ -117,18 +126,12 @@ rust() {
 }
 
 build() {
-  local pg
-  if ! command -v apt-cache >/dev/null; then
-    command -v cc >/dev/null || die 'no C compiler (cc)'
-    "$root/scripts/server.sh" default >/dev/null || die 'no PostgreSQL 15 to 18 with its headers: set PG_CONFIG'
-  else
-    if ! "$root/scripts/server.sh" default >/dev/null 2>&1; then read_lists; fi
-    pg=$(server_version)
+  if command -v apt-get >/dev/null; then
     need build-essential pkg-config libclang-dev ca-certificates xz-utils
-    if [ -z "$("$root/scripts/server.sh" pg_config "$pg" 2>/dev/null)" ]; then
-      without_main_cluster need "postgresql-$pg" "postgresql-server-dev-$pg"
-    fi
+  elif ! command -v cc >/dev/null; then
+    die 'no C compiler (cc)'
   fi
+  server
   rust
 }
 
@@ -152,6 +155,7 @@ test_group() {
 [ $# -gt 0 ] || set -- build
 for group in "$@"; do
   case $group in
+    rust) rust ;;
     build) build ;;
     test) test_group ;;
     demo)
@@ -160,6 +164,6 @@ for group in "$@"; do
       want jq jq
       ;;
     bench) build ;;
-    *) die "unknown group \"$group\" (build, test, demo, bench)" ;;
+    *) die "unknown group \"$group\" (rust, build, test, demo, bench)" ;;
   esac
 done

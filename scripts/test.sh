@@ -36,7 +36,7 @@ count() {
   gone=0
   if [ -s "$skipping" ]; then
     gone=$(cut -f 1 "$skipping" | sort -u | grep -cxFf <(sed -n 's/^test \(.*\) \.\.\. ok$/\1/p' "$log")) || true
-    while IFS= read -r reason; do skips+=("$reason"); done < <(cut -f 2- "$skipping" | sort | uniq -c |
+    while IFS= read -r reason; do skips+=("$reason"); done < <(sort -u "$skipping" | cut -f 2- | sort | uniq -c |
       sed -E 's/^ *([0-9]+) (.*)/\2 (in \1 tests)/; s/\(in 1 tests\)/(in 1 test)/')
   fi
   passed=$((passed + passing - gone))
@@ -79,10 +79,10 @@ else
 fi
 
 stage 'Rust units, without Postgres'
-run 'units' cargo test --quiet --lib --bins -- --format pretty
+run 'units' cargo test --lib --bins -- --format pretty
 stage "Rust units, as built for PostgreSQL $first"
 run "units for $first" env "PGRX_PG_CONFIG_PATH=$(scripts/server.sh pg_config "$first")" \
-  cargo test --quiet --lib --features "pg$first" -- --format pretty
+  cargo test --lib --features "pg$first" -- --format pretty
 
 for major in $wanted; do
   stage "PostgreSQL $major"
@@ -92,12 +92,12 @@ for major in $wanted; do
     continue
   fi
   servers+=("$("$bin/postgres" --version | sed 's/^postgres (PostgreSQL) //')")
-  run "suite on $major" env "NIGHTOWLS_SERVER=$bin" cargo test --quiet --test suite -- --format pretty "$@"
+  run "suite on $major" env "NIGHTOWLS_SERVER=$bin" cargo test --test suite -- --format pretty "$@"
 done
 
 if cargo pgrx --version >/dev/null 2>&1 || [ "${CI:-}" = true ]; then
   stage 'packaging with cargo-pgrx'
-  run 'packaging' scripts/test-package.sh "$logs/package"
+  run 'packaging' env "PG=$first" scripts/test-package.sh "$logs/package"
 else
   leave_out 'cargo pgrx package (cargo-pgrx is not installed)'
 fi

@@ -128,30 +128,32 @@ declare
   v_claims jsonb;
   v_org    uuid;
 begin
-  v_text := nullif(current_setting('nightowls.org_id', true), '');
-  if v_text is not null then
-    if v_text !~ v_uuid then
-      raise exception 'setting nightowls.org_id is not a uuid: "%"', left(v_text, 64)
-        using errcode = 'invalid_parameter_value',
-              hint = 'Set it with set_config(''nightowls.org_id'', org_id::text, true).';
-    end if;
-    return v_text::uuid;
-  end if;
-
-  v_claims := nullif(current_setting('request.jwt.claims', true), '')::jsonb;
-  if v_claims is not null then
-    -- Never user_metadata: the user writes that.
-    v_text := coalesce(v_claims ->> 'org_id', v_claims -> 'app_metadata' ->> 'org_id');
-    if v_text ~ v_uuid then
-      return v_text::uuid;
-    elsif v_text is not null then
-      select o.org_id into v_org from nightowls.orgs o where o.external_id = v_text;
-      if v_org is null then
-        raise exception 'no org has the external id "%"', left(v_text, 64)
-          using errcode = 'NW010',
-                hint = 'The JWT names this org. Make it with nightowls.create_org(name, external_id).';
+  if current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> '' then
+    v_text := nullif(current_setting('nightowls.org_id', true), '');
+    if v_text is not null then
+      if v_text !~ v_uuid then
+        raise exception 'setting nightowls.org_id is not a uuid: "%"', left(v_text, 64)
+          using errcode = 'invalid_parameter_value',
+                hint = 'Set it with set_config(''nightowls.org_id'', org_id::text, true).';
       end if;
-      return v_org;
+      return v_text::uuid;
+    end if;
+
+    v_claims := nullif(current_setting('request.jwt.claims', true), '')::jsonb;
+    if v_claims is not null then
+      -- Never user_metadata: the user writes that.
+      v_text := coalesce(v_claims ->> 'org_id', v_claims -> 'app_metadata' ->> 'org_id');
+      if v_text ~ v_uuid then
+        return v_text::uuid;
+      elsif v_text is not null then
+        select o.org_id into v_org from nightowls.orgs o where o.external_id = v_text;
+        if v_org is null then
+          raise exception 'no org has the external id "%"', left(v_text, 64)
+            using errcode = 'NW010',
+                  hint = 'The JWT names this org. Make it with nightowls.create_org(name, external_id).';
+        end if;
+        return v_org;
+      end if;
     end if;
   end if;
 

@@ -126,8 +126,8 @@ create function nightowls._lock_key(number bigint)
 
 revoke all on function nightowls._lock_key(bigint) from public;
 
--- nightowls.door says, for the transaction it names, that one of our functions is at work:
--- <xid>|append|<class of the org>, or <xid>|project. It is shut before the function returns.
+-- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|append or <xid>|project. It is
+-- shut before the function returns, and counts only in a function of the owner's: a setting alone can be set by anybody.
 create function nightowls._open_door(purpose text)
   returns text
   language sql
@@ -146,20 +146,31 @@ create function nightowls._shut_door()
 
 revoke all on function nightowls._shut_door() from public;
 
-create function nightowls._door_is(purpose text)
+-- Nobody is ever given this one: to have the right is to be the owner, or a function of the owner's.
+create function nightowls._owner()
+  returns void
+  language sql
+  immutable
+  parallel safe
+  return null;
+
+revoke all on function nightowls._owner() from public;
+
+create function nightowls._is_append()
   returns boolean
   language sql
-  stable
+  volatile
   parallel unsafe
-  return current_setting('nightowls.door', true) is not distinct from pg_current_xact_id_if_assigned()::text || '|' || purpose;
+  return current_setting('nightowls.door', true) = pg_current_xact_id()::text || '|append'
+     and has_function_privilege('nightowls._owner()'::regprocedure, 'execute');
 
-revoke all on function nightowls._door_is(text) from public;
+revoke all on function nightowls._is_append() from public;
 
 -- The hold, taken once a transaction and class, before a position is drawn. nightowls.held remembers it as
 -- <xid>|<class>:<last position>|…#<locks on aggregates>; a rolled-back savepoint takes lock and memory together.
 -- Definer: reading the sequence needs rights that callers lack.
-create function nightowls._hold()
-  returns trigger
+create function nightowls._hold(class int)
+  returns void
   language plpgsql
   volatile
   parallel unsafe
@@ -168,37 +179,47 @@ create function nightowls._hold()
 as $$
 #variable_conflict use_column
 declare
-  v_xid   text := pg_current_xact_id()::text || '|';
-  v_door  text := current_setting('nightowls.door', true);
-  v_held  text := current_setting('nightowls.held', true);
-  v_class text := '256';
-  v_last  bigint;
+  v_xid  text := pg_current_xact_id()::text || '|';
+  v_held text := current_setting('nightowls.held', true);
+  v_last bigint;
 begin
-  if starts_with(v_door, v_xid || 'append|') then
-    v_class := split_part(v_door, '|', 3);
-  end if;
   if v_held is null or not starts_with(v_held, v_xid) then
     v_held := v_xid || '#0';
-  elsif strpos(v_held, '|' || v_class || ':') > 0 or strpos(v_held, '|256:') > 0 then
-    return null;
+  elsif v_held ~ ('[|](256|' || _hold.class || '):') then
+    return;
   end if;
 
   -- Never null, also on a sequence nobody has drawn from yet.
-  select case when s.is_called then s.last_value else s.last_value - 1 end
-    into v_last
-    from nightowls.events_position_seq s;
-  perform pg_advisory_xact_lock_shared(nightowls._lock_class(v_class::int), nightowls._lock_key(v_last));
-  perform set_config('nightowls.held',
-                     split_part(v_held, '#', 1) || v_class || ':' || v_last || '|#' || split_part(v_held, '#', 2), true);
+  v_last := (select case when s.is_called then s.last_value else s.last_value - 1 end from nightowls.events_position_seq s);
+  perform pg_advisory_xact_lock_shared(nightowls._lock_class(_hold.class), nightowls._lock_key(v_last)),
+          set_config('nightowls.held', replace(v_held, '#', _hold.class || ':' || v_last || '|#'), true);
+end;
+$$;
+
+revoke all on function nightowls._hold(int) from public;
+
+-- Before a direct insert, of whatever org: held against all. Our functions have taken the hold of their org.
+create function nightowls._before_insert()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if not nightowls._is_append() then
+    perform nightowls._hold(256);
+  end if;
   return null;
 end;
 $$;
 
-revoke all on function nightowls._hold() from public;
+revoke all on function nightowls._before_insert() from public;
 
 create trigger t10_hold
   before insert on nightowls.events
-  for each statement execute function nightowls._hold();
+  for each statement execute function nightowls._before_insert();
 
 -- The last position at or below which nothing can appear any more for this org. What has been drawn and what
 -- is held must be read in this order, each in a statement of its own, hence volatile: a stable function would see both
@@ -213,6 +234,7 @@ create function nightowls._safe_position(org uuid, after bigint)
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -257,21 +279,26 @@ revoke all on function nightowls._safe_position(uuid, bigint) from public;
 
 -- A direct insert may leave the version out. Writers to one aggregate take turns, up to 64 aggregates a
 -- transaction; beyond that the org stands for them all, as the lock table is the whole server's.
+-- Definer: it draws positions.
 create function nightowls._next_version()
   returns trigger
   language plpgsql
   volatile
   parallel unsafe
+  security definer
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
 declare
-  v_held  text := current_setting('nightowls.held', true);
-  v_count int := split_part(v_held, '#', 2)::int;
+  v_held     text := current_setting('nightowls.held', true);
+  v_count    int := split_part(v_held, '#', 2)::int;
+  v_head     bigint;
+  v_position bigint;
 begin
   if v_count < 64 then
     perform pg_advisory_xact_lock(
@@ -281,14 +308,18 @@ begin
   else
     perform pg_advisory_xact_lock(nightowls._lock_class(258), uuid_hash(new.org_id));
   end if;
-  new.version := 1 + coalesce((
-    select e.version
-      from nightowls.events e
-     where e.org_id = new.org_id
-       and e.aggregate_type = new.aggregate_type
-       and e.aggregate_id = new.aggregate_id
-     order by e.version desc
-     limit 1), 0);
+  select e.version, e."position" into v_head, v_position
+    from nightowls.events e
+   where e.org_id = new.org_id
+     and e.aggregate_type = new.aggregate_type
+     and e.aggregate_id = new.aggregate_id
+   order by e.version desc
+   limit 1;
+  new.version := coalesce(v_head, 0) + 1;
+  if v_position >= new."position" then
+    -- Ours was drawn before the turn was ours: versions must rise with positions.
+    new."position" := nextval('nightowls.events_position_seq');
+  end if;
   return new;
 end;
 $$;
@@ -299,9 +330,8 @@ create trigger t15_next_version
   before insert on nightowls.events
   for each row when (new.version is null) execute function nightowls._next_version();
 
--- What an append owes, for the events of one org: refuses what breaks the log's rules, and returns whether anything is
--- to be projected. A function of its own, apart from the trigger, so that it can be called where triggers cannot run.
--- Definer: orgs, routes and the sequence are closed to those who append.
+-- Refuses a direct insert that breaks the log's rules; our functions keep them by their making.
+-- Definer: orgs and the sequence are closed to those who append.
 create function nightowls._check_append(
   org             uuid,
   aggregate_types text[],
@@ -310,7 +340,7 @@ create function nightowls._check_append(
   positions       bigint[],
   event_types     text[]
 )
-  returns boolean
+  returns void
   language plpgsql
   volatile
   parallel unsafe
@@ -319,6 +349,7 @@ create function nightowls._check_append(
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -329,12 +360,11 @@ declare
   v_type   text;
   v_id     text;
   v_number bigint;
-  v_routed boolean;
 begin
   -- Each row's predecessor must be there, at a lower position: with the unique keys this makes versions
   -- 1, 2, 3 … in the order of positions. Scalar subqueries, so that the plan is an index probe a row, always.
-  select max(f.fault), bool_or(f.routed)
-    into v_fault, v_routed
+  select max(f.fault)
+    into v_fault
     from (select case
                    when n.aggregate_type = '' or n.aggregate_id = '' or n.event_type = '' then 'empty'
                    when octet_length(n.aggregate_type) > 255 or octet_length(n.aggregate_id) > 1024
@@ -349,18 +379,13 @@ begin
                              and p.aggregate_type = n.aggregate_type
                              and p.aggregate_id = n.aggregate_id
                              and p.version = n.version - 1), n.position) >= n.position then 'version'
-                 end as fault,
-                 exists (
-                   select from nightowls.routes r
-                    where r.org_id = _check_append.org
-                      and r.aggregate_type = n.aggregate_type
-                   offset 0) as routed
+                 end as fault
             from unnest(_check_append.aggregate_types, _check_append.aggregate_ids, _check_append.versions,
                         _check_append.positions, _check_append.event_types)
                    as n (aggregate_type, aggregate_id, version, position, event_type)) f;
 
   if v_fault is null and exists (select from nightowls.orgs o where o.org_id = _check_append.org) then
-    return v_routed;
+    return;
   end if;
 
   case v_fault
@@ -402,6 +427,39 @@ $$;
 
 revoke all on function nightowls._check_append(uuid, text[], text[], bigint[], bigint[], text[]) from public;
 
+create function nightowls._refuse_depth()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'payload or metadata is nested too deeply'
+    using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_depth() from public;
+
+create function nightowls._refuse_size()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'payload or metadata is too large'
+    using errcode = 'program_limit_exceeded', detail = 'At most 16777216 bytes are kept.',
+          hint = 'Store the large part elsewhere and append a reference to it.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_size() from public;
+
 -- Whether a JSON value has more than 100 levels of objects and arrays.
 create function nightowls._is_too_deep(value jsonb)
   returns boolean
@@ -412,7 +470,40 @@ create function nightowls._is_too_deep(value jsonb)
 
 revoke all on function nightowls._is_too_deep(jsonb) from public;
 
--- The one trigger after an append, for all concerns. Invoker: handlers are user code and run as the one who appends.
+-- What follows an append, for the events of one org: keeps reducer projections, and returns whether handlers wait, which
+-- the caller must call as itself. A function of its own, so that it can be called where triggers cannot run.
+-- Definer: routes and states are closed to those who append.
+create function nightowls._after_append(org uuid, aggregate_types text[], aggregate_ids text[])
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_reduced boolean;
+  v_handled boolean;
+begin
+  select bool_or(r.kind = 'reducer'), bool_or(r.kind = 'handler')
+    into v_reduced, v_handled
+    from nightowls.routes r
+   where r.org_id = _after_append.org and r.aggregate_type = any (_after_append.aggregate_types);
+  if v_reduced then
+    perform nightowls._project(_after_append.org, _after_append.aggregate_types, _after_append.aggregate_ids);
+  end if;
+  return v_handled;
+end;
+$$;
+
+revoke all on function nightowls._after_append(uuid, text[], text[]) from public;
+
+-- After a direct insert. Invoker: handlers are user code and run as the one who appends.
 create function nightowls._after_insert()
   returns trigger
   language plpgsql
@@ -422,56 +513,35 @@ create function nightowls._after_insert()
 as $$
 #variable_conflict use_column
 declare
-  v_orgs      uuid[];
+  v_org       uuid;
   v_types     text[];
   v_ids       text[];
   v_versions  bigint[];
   v_positions bigint[];
   v_kinds     text[];
-  v_deep      boolean;
-  v_size      int;
-  v_org       uuid;
 begin
-  -- A restore brings back what was projected and sent before: nothing is to be done again.
-  if nightowls._is_restoring() then
+  if nightowls._is_append() then
+    return null;
+  elsif current_setting('row_security') = 'off' and nightowls._is_restoring() then
+    -- What was projected and sent before the dump is not to be done again.
     return null;
   end if;
 
-  select array_agg(n.org_id), array_agg(n.aggregate_type), array_agg(n.aggregate_id), array_agg(n.version),
-         array_agg(n."position"), array_agg(n.event_type),
-         bool_or(nightowls._is_too_deep(n.payload) or nightowls._is_too_deep(n.metadata)),
-         max(greatest(pg_column_size(n.payload), pg_column_size(n.metadata)))
-    into v_orgs, v_types, v_ids, v_versions, v_positions, v_kinds, v_deep, v_size
-    from inserted n;
-  if v_orgs is null then
-    return null;
-  elsif v_deep then
-    raise exception 'payload or metadata is nested too deeply'
-      using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
-  elsif v_size > 16777216 then
-    raise exception 'payload or metadata is too large'
-      using errcode = 'program_limit_exceeded',
-            detail = format('It has %s bytes; at most 16777216 are kept.', v_size),
-            hint = 'Store the large part elsewhere and append a reference to it.';
-  end if;
-
-  if v_orgs[1] = all (v_orgs) then
-    if nightowls._check_append(v_orgs[1], v_types, v_ids, v_versions, v_positions, v_kinds) then
-      perform nightowls._project(v_orgs[1], v_types, v_ids);
-      perform nightowls._call_handlers(v_orgs[1], v_types, v_positions);
-    end if;
-    return null;
+  if exists (select from inserted n where nightowls._is_too_deep(n.payload) or nightowls._is_too_deep(n.metadata)) then
+    perform nightowls._refuse_depth();
+  elsif exists (select from inserted n where greatest(pg_column_size(n.payload), pg_column_size(n.metadata)) > 16777216) then
+    perform nightowls._refuse_size();
   end if;
 
   -- No statement below touches two orgs.
-  foreach v_org in array array(select distinct u.org from unnest(v_orgs) u (org)) loop
+  foreach v_org in array array(select distinct n.org_id from inserted n) loop
     select array_agg(n.aggregate_type), array_agg(n.aggregate_id), array_agg(n.version),
            array_agg(n."position"), array_agg(n.event_type)
       into v_types, v_ids, v_versions, v_positions, v_kinds
       from inserted n
      where n.org_id = v_org;
-    if nightowls._check_append(v_org, v_types, v_ids, v_versions, v_positions, v_kinds) then
-      perform nightowls._project(v_org, v_types, v_ids);
+    perform nightowls._check_append(v_org, v_types, v_ids, v_versions, v_positions, v_kinds);
+    if nightowls._after_append(v_org, v_types, v_ids) then
       perform nightowls._call_handlers(v_org, v_types, v_positions);
     end if;
   end loop;

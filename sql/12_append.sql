@@ -68,111 +68,6 @@ $$;
 
 revoke all on function nightowls._refuse_version(text, text, bigint, bigint) from public;
 
-create function nightowls.append_event(
-  aggregate_type   text,
-  aggregate_id     text,
-  event_type       text,
-  payload          jsonb default '{}',
-  expected_version bigint default null,
-  event_id         uuid default null,
-  metadata         jsonb default null,
-  container        text default null,
-  fence            bigint default null,
-  org              uuid default null
-)
-  returns nightowls.append_result
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-  set enable_seqscan to off
-  set enable_sort to off
-  set enable_bitmapscan to off
-  set jit to off
-as $$
-#variable_conflict use_column
-declare
-  v_org    uuid := nightowls.current_org(append_event.org);
-  v_head   bigint;
-  v_known  nightowls.events;
-  v_result nightowls.append_result;
-begin
-  if octet_length(append_event.aggregate_type) not between 1 and 255
-     or octet_length(append_event.aggregate_id) not between 1 and 1024
-     or octet_length(append_event.event_type) not between 1 and 255
-     or append_event.aggregate_type is null or append_event.aggregate_id is null or append_event.event_type is null then
-    perform nightowls._refuse_names(append_event.aggregate_type, append_event.aggregate_id, append_event.event_type);
-  elsif append_event.payload is null then
-    raise exception 'payload must not be null'
-      using errcode = 'null_value_not_allowed', hint = 'Leave it out for an empty payload.';
-  elsif append_event.expected_version < -1 then
-    raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
-  elsif jsonb_typeof(append_event.metadata) <> 'object' then
-    raise exception 'metadata must be a JSON object' using errcode = 'invalid_parameter_value';
-  elsif append_event.container is not null or append_event.fence is not null then
-    perform nightowls._assert_fence(v_org, append_event.container, append_event.fence);
-  end if;
-
-  loop
-    if append_event.event_id is not null then
-      select e.* into v_known
-        from nightowls.events e
-       where e.org_id = v_org
-         and e.event_id = append_event.event_id;
-      if found then
-        if v_known.aggregate_type = append_event.aggregate_type and v_known.aggregate_id = append_event.aggregate_id
-           and v_known.event_type = append_event.event_type and v_known.payload = append_event.payload then
-          return (v_known."position", v_known.version)::nightowls.append_result;
-        end if;
-        raise exception 'event % exists already with another body', append_event.event_id
-          using errcode = 'NW002',
-                detail = format('It is version %s of aggregate %s "%s".',
-                                v_known.version, v_known.aggregate_type, v_known.aggregate_id),
-                hint = 'One event_id names one event; use a new one for a new event.';
-      end if;
-    end if;
-
-    -- The head comes from the key, not from a counter row: that stays fast while old snapshots are open.
-    v_head := coalesce((
-      select e.version
-        from nightowls.events e
-       where e.org_id = v_org
-         and e.aggregate_type = append_event.aggregate_type
-         and e.aggregate_id = append_event.aggregate_id
-       order by e.version desc
-       limit 1), 0);
-    if append_event.expected_version <> v_head and (append_event.expected_version >= 0 or v_head = 0) then
-      perform nightowls._refuse_version(append_event.aggregate_type, append_event.aggregate_id,
-                                        append_event.expected_version, v_head);
-    end if;
-
-    perform nightowls._open_door('append|' || nightowls._org_class(v_org));
-    insert into nightowls.events
-           (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
-    values (v_org, append_event.aggregate_type, append_event.aggregate_id, v_head + 1, append_event.event_type,
-            append_event.payload, coalesce(append_event.metadata, '{}'), append_event.event_id)
-    on conflict do nothing
-    returning "position", version into v_result;
-    perform nightowls._shut_door();
-    if v_result.version is not null then
-      return v_result;
-    end if;
-    -- Somebody else's append took the version, or brought this event_id, and has committed: look again.
-  end loop;
-end;
-$$;
-
-comment on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) is
-  'Appends one event and returns its position and version. aggregate_type, aggregate_id: what it is about; event_type: what '
-  'happened; payload: the facts; expected_version: null any, 0 the aggregate must not exist, n it must be at version n, '
-  '-1 it must exist; event_id: idempotency key, a retry returns the first result whatever it expects; metadata: actor_id, '
-  'request_id, trace_id and so on; container and fence: only while this floor is held with this fence; org: the tenant. '
-  'Waits for an open append to the same aggregate, for nothing else. Raises NW001 if the expectation is missed, NW002 if '
-  'the event_id exists with another body, NW003 if the fence is too old, NW010 if there is no org, 22004 or 22023 for an '
-  'argument that is null, empty or not valid, 54000 for one that is too long, too large or too deep.';
-
-revoke all on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) from public;
-
 -- The versions some aggregates are at, 0 for those that are not there.
 create function nightowls._heads(org uuid, aggregate_types text[], aggregate_ids text[])
   returns bigint[]
@@ -183,6 +78,7 @@ create function nightowls._heads(org uuid, aggregate_types text[], aggregate_ids
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -201,6 +97,246 @@ end;
 $$;
 
 revoke all on function nightowls._heads(uuid, text[], text[]) from public;
+
+create function nightowls._refuse_no_org(org uuid)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if not exists (select from nightowls.orgs o where o.org_id = _refuse_no_org.org) then
+    raise exception 'org % does not exist', _refuse_no_org.org
+      using errcode = 'invalid_parameter_value', hint = 'Make it with nightowls.create_org(name).';
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._refuse_no_org(uuid) from public;
+
+-- Says what is wrong with the arguments of _append_one.
+create function nightowls._refuse_append(
+  aggregate_type   text,
+  aggregate_id     text,
+  event_type       text,
+  payload          jsonb,
+  expected_version bigint,
+  metadata         jsonb
+)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _refuse_append.payload is null then
+    raise exception 'payload must not be null'
+      using errcode = 'null_value_not_allowed', hint = 'Leave it out for an empty payload.';
+  elsif _refuse_append.expected_version < -1 then
+    raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
+  elsif jsonb_typeof(_refuse_append.metadata) <> 'object' then
+    raise exception 'metadata must be a JSON object' using errcode = 'invalid_parameter_value';
+  elsif nightowls._is_too_deep(_refuse_append.payload) or nightowls._is_too_deep(_refuse_append.metadata) then
+    perform nightowls._refuse_depth();
+  elsif greatest(pg_column_size(_refuse_append.payload), pg_column_size(_refuse_append.metadata)) > 16777216 then
+    perform nightowls._refuse_size();
+  end if;
+  perform nightowls._refuse_names(_refuse_append.aggregate_type, _refuse_append.aggregate_id, _refuse_append.event_type);
+end;
+$$;
+
+revoke all on function nightowls._refuse_append(text, text, text, jsonb, bigint, jsonb) from public;
+
+-- The append itself. One statement takes the hold, finds the head, holds it against the expectation, inserts, and looks up
+-- what is to follow: a statement costs more than what it does here. The hold comes before the draw, as the row to be
+-- inserted is made before its position. The head comes from the key, not from a counter row: that stays fast while old
+-- snapshots are open. The version is right by its making, so the checks of direct inserts are left out.
+-- Definer: it draws positions and looks into orgs and routes.
+create function nightowls._append_one(
+  org              uuid,
+  aggregate_type   text,
+  aggregate_id     text,
+  event_type       text,
+  payload          jsonb,
+  expected_version bigint,
+  event_id         uuid,
+  metadata         jsonb,
+  out "position"   bigint,
+  out version      bigint,
+  out handled      boolean
+)
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_class text := nightowls._org_class(_append_one.org);
+  v_xid   text := pg_current_xact_id()::text || '|';
+  v_held  text;
+  v_known nightowls.events;
+  v_head  bigint;
+  v_lost  bigint;
+  v_door  text;
+begin
+  if (octet_length(_append_one.aggregate_type) between 1 and 255
+      and octet_length(_append_one.aggregate_id) between 1 and 1024
+      and octet_length(_append_one.event_type) between 1 and 255
+      and greatest(pg_column_size(_append_one.payload), pg_column_size(_append_one.metadata)) <= 16777216
+      and not nightowls._is_too_deep(_append_one.payload)
+      and (_append_one.metadata is null
+           or jsonb_typeof(_append_one.metadata) = 'object' and not nightowls._is_too_deep(_append_one.metadata))
+      and (_append_one.expected_version is null or _append_one.expected_version >= -1)) is not true then
+    perform nightowls._refuse_append(_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type,
+                                     _append_one.payload, _append_one.expected_version, _append_one.metadata);
+  end if;
+
+  loop
+    if _append_one.event_id is not null then
+      select e.* into v_known
+        from nightowls.events e
+       where e.org_id = _append_one.org
+         and e.event_id = _append_one.event_id;
+      if found then
+        if v_known.aggregate_type = _append_one.aggregate_type and v_known.aggregate_id = _append_one.aggregate_id
+           and v_known.event_type = _append_one.event_type and v_known.payload = _append_one.payload then
+          "position" := v_known."position";
+          version := v_known.version;
+          return;
+        end if;
+        raise exception 'event % exists already with another body', _append_one.event_id
+          using errcode = 'NW002',
+                detail = format('It is version %s of aggregate %s "%s".',
+                                v_known.version, v_known.aggregate_type, v_known.aggregate_id),
+                hint = 'One event_id names one event; use a new one for a new event.';
+      end if;
+    end if;
+
+    -- null: the hold of this org, or the one against all, is taken already.
+    v_held := current_setting('nightowls.held', true);
+    if v_held is null or not starts_with(v_held, v_xid) then
+      v_held := v_xid || '#0';
+    elsif v_held ~ ('[|](256|' || v_class || '):') then
+      v_held := null;
+    end if;
+    v_door := nightowls._open_door('append');
+    insert into nightowls.events as e
+           (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
+    select o.org_id, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
+           _append_one.payload, coalesce(_append_one.metadata, '{}'), _append_one.event_id
+      from (select coalesce((
+                     select x.version
+                       from nightowls.events x
+                      where x.org_id = _append_one.org
+                        and x.aggregate_type = _append_one.aggregate_type
+                        and x.aggregate_id = _append_one.aggregate_id
+                      order by x.version desc
+                      limit 1), 0) as version
+            offset 0) h
+      join nightowls.orgs o on o.org_id = _append_one.org
+      left join (select pg_advisory_xact_lock_shared(nightowls._lock_class(v_class::int), nightowls._lock_key(l.position)),
+                        set_config('nightowls.held', replace(v_held, '#', v_class || ':' || l.position || '|#'), true) as held
+                   from (select case when s.is_called then s.last_value else s.last_value - 1 end as position
+                           from nightowls.events_position_seq s
+                          where v_held is not null
+                         offset 0) l
+                 offset 0) hold on true
+     where (_append_one.expected_version is null
+            or _append_one.expected_version = h.version
+            or _append_one.expected_version = -1 and h.version > 0)
+       and (v_held is null or hold.held is not null)
+    on conflict do nothing
+    returning e."position", e.version, (
+              select bool_or(r.kind = 'handler')
+                from nightowls.routes r
+               where r.org_id = e.org_id and r.aggregate_type = e.aggregate_type)
+         into "position", version, handled;
+    v_door := nightowls._shut_door();
+    exit when version is not null;
+
+    -- Nothing came of it: the expectation is missed, the org is not there, or somebody else's append has taken the version,
+    -- or brought this event_id, and has committed.
+    v_head := (nightowls._heads(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]))[1];
+    if _append_one.event_id is not null
+       and exists (select from nightowls.events e where e.org_id = _append_one.org and e.event_id = _append_one.event_id) then
+      continue;
+    elsif _append_one.expected_version <> v_head and (_append_one.expected_version >= 0 or v_head = 0) then
+      perform nightowls._refuse_version(_append_one.aggregate_type, _append_one.aggregate_id,
+                                        _append_one.expected_version, v_head);
+    elsif v_head = v_lost then
+      raise exception 'a unique index of the user''s on nightowls.events refuses the event'
+        using errcode = 'unique_violation';
+    end if;
+    perform nightowls._refuse_no_org(_append_one.org);
+    v_lost := v_head;
+  end loop;
+
+  if handled is not null then
+    handled := nightowls._after_append(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._append_one(uuid, text, text, text, jsonb, bigint, uuid, jsonb) from public;
+
+create function nightowls.append_event(
+  aggregate_type   text,
+  aggregate_id     text,
+  event_type       text,
+  payload          jsonb default '{}',
+  expected_version bigint default null,
+  event_id         uuid default null,
+  metadata         jsonb default null,
+  container        text default null,
+  fence            bigint default null,
+  org              uuid default null
+)
+  returns nightowls.append_result
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org  uuid := nightowls.current_org(append_event.org);
+  v_done record;
+begin
+  if append_event.container is not null or append_event.fence is not null then
+    perform nightowls._assert_fence(v_org, append_event.container, append_event.fence);
+  end if;
+  v_done := nightowls._append_one(
+    v_org, append_event.aggregate_type, append_event.aggregate_id, append_event.event_type, append_event.payload,
+    append_event.expected_version, append_event.event_id, append_event.metadata);
+  if v_done.handled then
+    -- Handlers are user code and run as the one who appends.
+    perform nightowls._call_handlers(v_org, array[append_event.aggregate_type], array[v_done."position"]);
+  end if;
+  return (v_done."position", v_done.version)::nightowls.append_result;
+end;
+$$;
+
+comment on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) is
+  'Appends one event and returns its position and version. aggregate_type, aggregate_id: what it is about; event_type: what '
+  'happened; payload: the facts; expected_version: null any, 0 the aggregate must not exist, n it must be at version n, '
+  '-1 it must exist; event_id: idempotency key, a retry returns the first result whatever it expects; metadata: actor_id, '
+  'request_id, trace_id and so on; container and fence: only while this floor is held with this fence; org: the tenant. '
+  'Waits for an open append to the same aggregate, for nothing else. Raises NW001 if the expectation is missed, NW002 if '
+  'the event_id exists with another body, NW003 if the fence is too old, NW010 if there is no org, 22004 or 22023 for an '
+  'argument that is null, empty or not valid, 54000 for one that is too long, too large or too deep.';
+
+revoke all on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) from public;
 
 -- The first result of a batch whose event_ids are known, some or all: all of them, in this aggregate, in this order,
 -- with these bodies, or NW002.
@@ -265,6 +401,7 @@ revoke all on function nightowls._known_batch(uuid, text[], text[], int[], text[
 
 -- Events for several aggregates, in flat arrays: the aggregates, then the events, each with its aggregate's number.
 -- Rows go in by key order, so that two calls in reversed order wait for each other but never in a circle.
+-- Definer: it draws positions and looks into orgs and routes.
 create function nightowls._append_batch(
   org             uuid,
   aggregate_types text[],
@@ -274,27 +411,39 @@ create function nightowls._append_batch(
   event_types     text[],
   payloads        jsonb[],
   metadatas       jsonb[],
-  event_ids       uuid[]
+  event_ids       uuid[],
+  out types       text[],
+  out ids         text[],
+  out positions   bigint[],
+  out versions    bigint[],
+  out handled     boolean
 )
-  returns table (aggregate_type text, aggregate_id text, "position" bigint, version bigint)
   language plpgsql
   volatile
   parallel unsafe
+  security definer
   set search_path to pg_catalog, pg_temp
+  set plan_cache_mode to force_generic_plan
+  set jit to off
 as $$
 #variable_conflict use_column
 declare
   v_ids   uuid[] := array_remove(_append_batch.event_ids, null);
   v_heads bigint[];
   v_no    bigint;
+  v_door  text;
   v_table text;
+  v_key   text;
 begin
+  perform nightowls._hold(nightowls._org_class(_append_batch.org));
   loop
     if v_ids <> '{}' and exists (
          select from nightowls.events e where e.org_id = _append_batch.org and e.event_id = any (v_ids)) then
-      return query select * from nightowls._known_batch(
-        _append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids, _append_batch.aggregate_nos,
-        _append_batch.event_types, _append_batch.payloads, _append_batch.event_ids);
+      select array_agg(k.aggregate_type), array_agg(k.aggregate_id), array_agg(k."position"), array_agg(k.version)
+        into types, ids, positions, versions
+        from nightowls._known_batch(
+               _append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids, _append_batch.aggregate_nos,
+               _append_batch.event_types, _append_batch.payloads, _append_batch.event_ids) k;
       return;
     end if;
 
@@ -304,13 +453,17 @@ begin
      where a.expected <> a.head and (a.expected >= 0 or a.head = 0)
      limit 1;
     if found then
+      -- These very events may have been committed between the two looks.
+      continue when v_ids <> '{}' and exists (
+        select from nightowls.events e where e.org_id = _append_batch.org and e.event_id = any (v_ids));
       perform nightowls._refuse_version(_append_batch.aggregate_types[v_no], _append_batch.aggregate_ids[v_no],
                                         _append_batch.expected[v_no], v_heads[v_no]);
     end if;
+    perform nightowls._refuse_no_org(_append_batch.org);
 
     begin
-      perform nightowls._open_door('append|' || nightowls._org_class(_append_batch.org));
-      return query
+      v_door := nightowls._open_door('append');
+      with inserted as (
         insert into nightowls.events as e
                (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
         select _append_batch.org, n.aggregate_type, n.aggregate_id, n.version, n.event_type, n.payload,
@@ -323,23 +476,29 @@ begin
                               _append_batch.metadatas, _append_batch.event_ids)
                          with ordinality as u (aggregate_no, event_type, payload, metadata, event_id, no)) n
          order by n.aggregate_type, n.aggregate_id, n.version
-        returning e.aggregate_type, e.aggregate_id, e."position", e.version;
-      perform nightowls._shut_door();
-      return;
+        returning e.aggregate_type, e.aggregate_id, e."position", e.version
+      )
+      select array_agg(i.aggregate_type), array_agg(i.aggregate_id), array_agg(i."position"), array_agg(i.version)
+        into types, ids, positions, versions
+        from inserted i;
+      v_door := nightowls._shut_door();
+      exit;
     exception when unique_violation then
-      get stacked diagnostics v_table = table_name;
-      if v_table is distinct from 'events' then
+      get stacked diagnostics v_table = table_name, v_key = constraint_name;
+      if v_table is distinct from 'events' or v_key not in ('events_aggregate_key', 'events_event_id_key', 'events_pkey') then
         raise;
-      elsif current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
-        raise exception 'could not serialize access: somebody else appended'
-          using errcode = 'serialization_failure', hint = 'Retry the transaction.';
       elsif cardinality(v_ids) > (select count(distinct u.id) from unnest(v_ids) as u (id)) then
         raise exception 'an event_id stands in this call twice'
           using errcode = 'invalid_parameter_value', hint = 'One event_id names one event.';
+      elsif current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+        raise exception 'could not serialize access: somebody else appended'
+          using errcode = 'serialization_failure', hint = 'Retry the transaction.';
       end if;
       -- Somebody else's append took a version, or brought these ids, and has committed: look again.
     end;
   end loop;
+
+  handled := nightowls._after_append(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids);
 end;
 $$;
 
@@ -363,6 +522,9 @@ as $$
 #variable_conflict use_column
 declare
   v_fault text;
+  v_long  boolean;
+  v_deep  boolean;
+  v_large boolean;
 begin
   if _parse_events.events is null then
     raise exception '% must not be null', _parse_events.path using errcode = 'null_value_not_allowed';
@@ -373,8 +535,9 @@ begin
 
   select min(x.fault),
          array_agg(x.event_type order by x.no), array_agg(x.payload order by x.no), array_agg(x.metadata order by x.no),
-         array_agg(x.event_id order by x.no)
-    into v_fault, _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids
+         array_agg(x.event_id order by x.no), bool_or(x.long), bool_or(x.deep), bool_or(x.large)
+    into v_fault, _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids,
+         v_long, v_deep, v_large
     from (select u.no,
                  u.e ->> 'event_type' as event_type,
                  coalesce(u.e -> 'payload', '{}') as payload,
@@ -389,12 +552,21 @@ begin
                    when u.e ->> 'event_id' !~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
                      then 'has an event_id that is not a uuid'
                    when u.e - '{event_type,payload,metadata,event_id}'::text[] <> '{}' then 'has an unknown key'
-                 end as fault
+                 end as fault,
+                 octet_length(u.e ->> 'event_type') > 255 as long,
+                 nightowls._is_too_deep(u.e -> 'payload') or nightowls._is_too_deep(u.e -> 'metadata') as deep,
+                 greatest(pg_column_size(u.e -> 'payload'), pg_column_size(u.e -> 'metadata')) > 16777216 as large
             from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)) x;
   if v_fault is not null then
     raise exception '% is not valid: %', _parse_events.path, v_fault
       using errcode = 'invalid_parameter_value',
             hint = 'An event is {"event_type": text, "payload": any, "metadata": object, "event_id": uuid}; only event_type is required.';
+  elsif v_long then
+    perform nightowls._refuse_names('any', 'any', repeat('x', 256));
+  elsif v_deep then
+    perform nightowls._refuse_depth();
+  elsif v_large then
+    perform nightowls._refuse_size();
   end if;
 end;
 $$;
@@ -420,6 +592,7 @@ as $$
 declare
   v_org   uuid := nightowls.current_org(append_events.org);
   v_batch record;
+  v_done  record;
 begin
   if octet_length(append_events.aggregate_type) not between 1 and 255
      or octet_length(append_events.aggregate_id) not between 1 and 1024
@@ -432,12 +605,14 @@ begin
   end if;
   v_batch := nightowls._parse_events(append_events.events, 'events');
 
-  return query
-    select b."position", b.version
-      from nightowls._append_batch(
-             v_org, array[append_events.aggregate_type], array[append_events.aggregate_id],
-             array[append_events.expected_version], array_fill(1, array[cardinality(v_batch.event_types)]),
-             v_batch.event_types, v_batch.payloads, v_batch.metadatas, v_batch.event_ids) b;
+  v_done := nightowls._append_batch(
+    v_org, array[append_events.aggregate_type], array[append_events.aggregate_id], array[append_events.expected_version],
+    array_fill(1, array[cardinality(v_batch.event_types)]), v_batch.event_types, v_batch.payloads, v_batch.metadatas,
+    v_batch.event_ids);
+  if v_done.handled then
+    perform nightowls._call_handlers(v_org, array[append_events.aggregate_type], v_done.positions);
+  end if;
+  return query select u.* from unnest(v_done.positions, v_done.versions) u;
 end;
 $$;
 
@@ -469,6 +644,7 @@ declare
   v_expected bigint[];
   v_nos      int[];
   v_batch    record;
+  v_done     record;
 begin
   if append_many.appends is null then
     raise exception 'appends must not be null' using errcode = 'null_value_not_allowed';
@@ -478,12 +654,12 @@ begin
 
   select min(format('appends[%s] %s', x.no - 1, x.fault)) filter (where x.fault is not null),
          array_agg(x.aggregate_type order by x.no), array_agg(x.aggregate_id order by x.no),
-         array_agg(case when x.fault is null then x.expected end order by x.no)
+         array_agg(case when x.fault is null then x.expected::bigint end order by x.no)
     into v_fault, v_types, v_ids, v_expected
     from (select u.no,
                  u.a ->> 'aggregate_type' as aggregate_type,
                  u.a ->> 'aggregate_id' as aggregate_id,
-                 case when jsonb_typeof(u.a -> 'expected_version') = 'number' then (u.a ->> 'expected_version')::numeric::bigint
+                 case when jsonb_typeof(u.a -> 'expected_version') = 'number' then (u.a ->> 'expected_version')::numeric
                  end as expected,
                  case
                    when jsonb_typeof(u.a) <> 'object' then 'is not an object'
@@ -496,7 +672,9 @@ begin
                    when jsonb_typeof(u.a -> 'events') is distinct from 'array' or u.a -> 'events' = '[]'
                      then 'has no events: a JSON array of at least one'
                    when jsonb_typeof(u.a -> 'expected_version') not in ('number', 'null')
-                     or u.a ->> 'expected_version' !~ '^(-1|[0-9]{1,18})$'
+                     or jsonb_typeof(u.a -> 'expected_version') = 'number'
+                        and ((u.a ->> 'expected_version')::numeric not between -1 and 9223372036854775807
+                             or (u.a ->> 'expected_version')::numeric % 1 <> 0)
                      then 'has an expected_version that is not a whole number, -1 or more'
                    when u.a - '{aggregate_type,aggregate_id,events,expected_version}'::text[] <> '{}' then 'has an unknown key'
                  end as fault
@@ -523,10 +701,12 @@ begin
     cross join lateral jsonb_array_elements(u.a -> 'events') with ordinality as e (event, no);
   v_batch := nightowls._parse_events(append_many.appends, 'appends[].events');
 
-  return query
-    select b.*
-      from nightowls._append_batch(v_org, v_types, v_ids, v_expected, v_nos, v_batch.event_types, v_batch.payloads,
-                                   v_batch.metadatas, v_batch.event_ids) b;
+  v_done := nightowls._append_batch(
+    v_org, v_types, v_ids, v_expected, v_nos, v_batch.event_types, v_batch.payloads, v_batch.metadatas, v_batch.event_ids);
+  if v_done.handled then
+    perform nightowls._call_handlers(v_org, v_types, v_done.positions);
+  end if;
+  return query select u.* from unnest(v_done.types, v_done.ids, v_done.positions, v_done.versions) u;
 end;
 $$;
 

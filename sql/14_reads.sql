@@ -68,6 +68,7 @@ create function nightowls.read_aggregate(
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -112,6 +113,7 @@ create function nightowls.read_events(
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -167,6 +169,7 @@ create function nightowls.recent_events(
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -213,6 +216,7 @@ create function nightowls.last_event(
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column

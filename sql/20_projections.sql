@@ -14,7 +14,7 @@ create table nightowls.projections (
   query          text,
   refresh_every  interval,
   mode           text        not null default 'inline',
-  generation     int         not null default 1,
+  generation     bigint      not null default 0,
   lagging_from   bigint,
   created_at     timestamptz not null default clock_timestamp(),
   refreshed_at   timestamptz,
@@ -43,12 +43,18 @@ comment on column nightowls.projections.lagging_from is
 comment on column nightowls.projections.created_at is 'When the projection was made.';
 comment on column nightowls.projections.refreshed_at is 'When it was last built or refreshed.';
 
+-- Drawn by each build and never used again: an append that knew an older projection of the same name writes to that
+-- one's generation, which nobody reads.
+create sequence nightowls.projection_generations as bigint cache 1;
+
+comment on sequence nightowls.projection_generations is 'Numbers the builds of projections.';
+
 -- A new row a change, newest wins, so that a lookup stays one probe while an old snapshot keeps the
 -- replaced rows alive. The one that replaces a row deletes it.
 create table nightowls._projection_states (
   org_id       uuid        not null,
   projection   text        collate "C" not null,
-  generation   int         not null,
+  generation   bigint      not null,
   aggregate_id text        collate "C" not null,
   version      bigint      not null,
   "position"   bigint      not null,
@@ -133,6 +139,7 @@ create function nightowls._project(org uuid, aggregate_types text[], aggregate_i
   set enable_bitmapscan to off
   set enable_hashjoin to off
   set enable_mergejoin to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -141,14 +148,14 @@ declare
 begin
   perform nightowls._open_door('project');
   with folded as materialized (
-    select p.name, p.generation, a.aggregate_id, o.version as old_version, f.version, f."position", f.state
-      from (select distinct u.aggregate_type, u.aggregate_id
+    select p.name, p.generation, a.aggregate_id, o.ctid as replaced, f.version, f."position", f.state
+      from (select distinct u.aggregate_type collate "C" as aggregate_type, u.aggregate_id collate "C" as aggregate_id
               from unnest(_project.aggregate_types, _project.aggregate_ids) as u (aggregate_type, aggregate_id)) a
       join nightowls.routes r
         on r.org_id = _project.org and r.aggregate_type = a.aggregate_type and r.kind = 'reducer'
       join nightowls.projections p on p.org_id = _project.org and p.name = r.name
       left join lateral (
-             select s.version, s.state
+             select s.ctid, s.version, s.state
                from nightowls._projection_states s
               where s.org_id = _project.org and s.projection = p.name and s.generation = p.generation
                 and s.aggregate_id = a.aggregate_id
@@ -160,14 +167,18 @@ begin
              a.aggregate_type, a.aggregate_id, coalesce(o.version, 0) + 1, null) f
      where f.version is not null
   ), removed as (
+    -- By place, so that nothing is searched for; one that somebody else is replacing is left to them.
     delete from nightowls._projection_states s
-     using folded f
-     where s.org_id = _project.org and s.projection = f.name and s.generation = f.generation
-       and s.aggregate_id = f.aggregate_id and s.version = f.old_version
+     where s.ctid = any (array(
+             select x.ctid
+               from nightowls._projection_states x
+              where x.ctid = any (array(select f.replaced from folded f))
+                for update skip locked))
   )
   insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
   select _project.org, f.name, f.generation, f.aggregate_id, f.version, f."position", f.state
     from folded f
+   order by f.name, f.aggregate_id
   on conflict do nothing;
   perform set_config('nightowls.door', coalesce(v_door, ''), true);
 end;
@@ -179,7 +190,7 @@ revoke all on function nightowls._project(uuid, text[], text[]) from public;
 create function nightowls._save_state(
   org          uuid,
   projection   text,
-  generation   int,
+  generation   bigint,
   aggregate_id text,
   old_version  bigint,
   version      bigint,
@@ -205,8 +216,13 @@ begin
   end if;
   perform nightowls._open_door('project');
   delete from nightowls._projection_states s
-   where s.org_id = _save_state.org and s.projection = _save_state.projection and s.generation = _save_state.generation
-     and s.aggregate_id = _save_state.aggregate_id and s.version = _save_state.old_version;
+   where s.ctid = any (array(
+           select x.ctid
+             from nightowls._projection_states x
+            where x.org_id = _save_state.org and x.projection = _save_state.projection
+              and x.generation = _save_state.generation and x.aggregate_id = _save_state.aggregate_id
+              and x.version = _save_state.old_version
+              for update skip locked));
   insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
   values (_save_state.org, _save_state.projection, _save_state.generation, _save_state.aggregate_id, _save_state.version,
           _save_state.at, _save_state.state)
@@ -215,7 +231,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._save_state(uuid, text, int, text, bigint, bigint, bigint, jsonb) from public;
+revoke all on function nightowls._save_state(uuid, text, bigint, text, bigint, bigint, bigint, jsonb) from public;
 
 -- Folds one aggregate with a handler, as the caller: (state, event) → state.
 create function nightowls._fold_by_handler(
@@ -261,6 +277,42 @@ $$;
 
 revoke all on function nightowls._fold_by_handler(uuid, text, jsonb, text, text, bigint, bigint) from public;
 
+-- Folds what is new of one aggregate into the state that a handler keeps, as the caller.
+create function nightowls._project_by_handler(projection nightowls.projections, aggregate_id text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_old    bigint;
+  v_state  jsonb;
+  v_folded record;
+begin
+  select s.version, s.state into v_old, v_state
+    from nightowls._projection_states s
+   where s.org_id = (_project_by_handler.projection).org_id
+     and s.projection = (_project_by_handler.projection).name
+     and s.generation = (_project_by_handler.projection).generation
+     and s.aggregate_id = _project_by_handler.aggregate_id
+   order by s.version desc
+   limit 1;
+  v_folded := nightowls._fold_by_handler(
+    (_project_by_handler.projection).org_id, (_project_by_handler.projection).handler, v_state,
+    (_project_by_handler.projection).aggregate_type, _project_by_handler.aggregate_id, coalesce(v_old, 0) + 1, null);
+  if v_folded.version is not null then
+    perform nightowls._save_state(
+      (_project_by_handler.projection).org_id, (_project_by_handler.projection).name,
+      (_project_by_handler.projection).generation, _project_by_handler.aggregate_id, v_old, v_folded.version,
+      v_folded."position", v_folded.state);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._project_by_handler(nightowls.projections, text) from public;
+
 -- Calls the handlers that wait for these events, as the one who appends: never as the owner.
 create function nightowls._call_handlers(org uuid, aggregate_types text[], positions bigint[])
   returns void
@@ -273,9 +325,7 @@ as $$
 declare
   v_projection nightowls.projections;
   v_event      nightowls.events;
-  v_old        bigint;
-  v_state      jsonb;
-  v_folded     record;
+  v_id         text;
 begin
   for v_projection in
     select p.*
@@ -286,6 +336,19 @@ begin
        and r.kind = 'handler'
      order by p.name
   loop
+    if v_projection.kind = 'handler' then
+      foreach v_id in array array(
+        select distinct e.aggregate_id
+          from nightowls.events e
+         where e.org_id = _call_handlers.org
+           and e."position" = any (_call_handlers.positions)
+           and e.aggregate_type = v_projection.aggregate_type)
+      loop
+        perform nightowls._project_by_handler(v_projection, v_id);
+      end loop;
+      continue;
+    end if;
+
     for v_event in
       select e.*
         from nightowls.events e
@@ -294,29 +357,10 @@ begin
          and e.aggregate_type = v_projection.aggregate_type
        order by e."position"
     loop
-      if v_projection.kind = 'table' then
-        -- Opened for each call: a handler that appends shuts it.
-        perform nightowls._open_door('project');
-        execute 'select ' || v_projection.handler || '($1)' using v_event;
-        perform nightowls._shut_door();
-        continue;
-      end if;
+      -- Opened for each call: a handler that appends shuts it.
+      perform nightowls._open_door('project');
+      execute 'select ' || v_projection.handler || '($1)' using v_event;
       perform nightowls._shut_door();
-      v_old := null;
-      v_state := null;
-      select s.version, s.state into v_old, v_state
-        from nightowls._projection_states s
-       where s.org_id = v_event.org_id and s.projection = v_projection.name
-         and s.generation = v_projection.generation and s.aggregate_id = v_event.aggregate_id
-       order by s.version desc
-       limit 1;
-      v_folded := nightowls._fold_by_handler(
-        v_event.org_id, v_projection.handler, v_state, v_event.aggregate_type, v_event.aggregate_id,
-        coalesce(v_old, 0) + 1, v_event.version);
-      if v_folded.version is not null then
-        perform nightowls._save_state(v_event.org_id, v_projection.name, v_projection.generation, v_event.aggregate_id,
-                                      v_old, v_folded.version, v_folded."position", v_folded.state);
-      end if;
     end loop;
   end loop;
 end;

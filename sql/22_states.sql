@@ -92,6 +92,7 @@ as $$
 declare
   v_found nightowls.projections;
 begin
+  perform nightowls._refuse_no_org((_register_projection.definition).org_id);
   insert into nightowls.projections
          (org_id, name, kind, aggregate_type, reducer, handler, target, query, refresh_every, mode, lagging_from)
   select (_register_projection.definition).org_id, (_register_projection.definition).name,
@@ -141,13 +142,14 @@ revoke all on function nightowls._build_mark(uuid) from public;
 -- Fills a generation with the states of all aggregates of the type, from events as they are, then makes it the live one.
 -- Nobody waits for this: appends go on with the generation they see, and those that end meanwhile are folded in later
 -- (lagging_from). Definer: nobody else may write states. Reducers only: it runs as the owner.
-create function nightowls._build_states(org uuid, name text, build int, mark bigint)
+create function nightowls._build_states(org uuid, name text, build bigint, mark bigint)
   returns void
   language plpgsql
   volatile
   parallel unsafe
   security definer
   set search_path to pg_catalog, pg_temp
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -160,7 +162,8 @@ begin
   perform nightowls._open_door('project');
   -- What the build before this one replaced; nobody reads it any more.
   delete from nightowls._projection_states s
-   where s.org_id = _build_states.org and s.projection = _build_states.name and s.generation < v_projection.generation;
+   where s.org_id = _build_states.org and s.projection = _build_states.name
+     and s.generation < _build_states.build and s.generation <> v_projection.generation;
 
   insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
   select _build_states.org, v_projection.name, _build_states.build, a.aggregate_id, f.version, f."position", f.state
@@ -180,10 +183,10 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._build_states(uuid, text, int, bigint) from public;
+revoke all on function nightowls._build_states(uuid, text, bigint, bigint) from public;
 
 -- The same for a handler's states, as the caller.
-create function nightowls._build_by_handler(projection nightowls.projections, build int)
+create function nightowls._build_by_handler(projection nightowls.projections, build bigint)
   returns void
   language plpgsql
   volatile
@@ -213,10 +216,10 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._build_by_handler(nightowls.projections, int) from public;
+revoke all on function nightowls._build_by_handler(nightowls.projections, bigint) from public;
 
 -- Makes a generation built by a handler the live one. Definer: the table is closed.
-create function nightowls._go_live(org uuid, name text, build int, mark bigint)
+create function nightowls._go_live(org uuid, name text, build bigint, mark bigint)
   returns void
   language plpgsql
   volatile
@@ -228,7 +231,10 @@ as $$
 begin
   perform nightowls._open_door('project');
   delete from nightowls._projection_states s
-   where s.org_id = _go_live.org and s.projection = _go_live.name and s.generation < _go_live.build - 1;
+   where s.org_id = _go_live.org and s.projection = _go_live.name
+     and s.generation < _go_live.build
+     and s.generation <> (select p.generation from nightowls.projections p
+                           where p.org_id = _go_live.org and p.name = _go_live.name);
   perform nightowls._shut_door();
   update nightowls.projections p
      set generation = _go_live.build, lagging_from = _go_live.mark, refreshed_at = clock_timestamp()
@@ -236,11 +242,11 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._go_live(uuid, text, int, bigint) from public;
+revoke all on function nightowls._go_live(uuid, text, bigint, bigint) from public;
 
--- One build at a time for a projection; the generation it is to make. Definer: the table is closed.
+-- One build at a time for a projection; the generation it is to make. Definer: the sequence is closed.
 create function nightowls._begin_build(org uuid, name text)
-  returns int
+  returns bigint
   language plpgsql
   volatile
   parallel unsafe
@@ -248,15 +254,10 @@ create function nightowls._begin_build(org uuid, name text)
   set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
-declare
-  v_generation int;
 begin
   perform pg_advisory_xact_lock(
     nightowls._lock_class(259), hashtext(_begin_build.org::text || '/' || _begin_build.name));
-  select p.generation + 1 into strict v_generation
-    from nightowls.projections p
-   where p.org_id = _begin_build.org and p.name = _begin_build.name;
-  return v_generation;
+  return nextval('nightowls.projection_generations');
 end;
 $$;
 
@@ -340,7 +341,7 @@ create function nightowls._rebuild_states(name text, org uuid, mark bigint)
 as $$
 #variable_conflict use_column
 declare
-  v_build      int := nightowls._begin_build(_rebuild_states.org, _rebuild_states.name);
+  v_build      bigint := nightowls._begin_build(_rebuild_states.org, _rebuild_states.name);
   v_projection nightowls.projections := nightowls._projection(_rebuild_states.name, _rebuild_states.org);
 begin
   if v_projection.kind = 'reducer' then
@@ -427,6 +428,7 @@ create function nightowls._state(projection nightowls.projections, aggregate_id 
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
@@ -560,9 +562,14 @@ comment on function nightowls.state_at_time(text, text, timestamptz, uuid) is
 
 revoke all on function nightowls.state_at_time(text, text, timestamptz, uuid) from public;
 
--- Folds in what appends that were open during a build have added. Definer: the table is closed; reducers only.
-create function nightowls._catch_up(org uuid, name text)
-  returns void
+-- The aggregates whose stored state may be behind, and the position up to which the caller is to settle them (null: all,
+-- as with nothing held at this moment every append that did not know of the build has ended).
+-- Definer: the sequence is closed.
+create function nightowls._lagging(
+  projection nightowls.projections,
+  out ids    text[],
+  out upto   bigint
+)
   language plpgsql
   volatile
   parallel unsafe
@@ -571,36 +578,57 @@ create function nightowls._catch_up(org uuid, name text)
 as $$
 #variable_conflict use_column
 declare
-  v_from bigint;
-  v_safe bigint;
   v_last bigint;
-  v_type text;
-  v_ids  text[];
 begin
-  select p.lagging_from, p.aggregate_type into v_from, v_type
-    from nightowls.projections p
-   where p.org_id = _catch_up.org and p.name = _catch_up.name
-     for update;
-  if v_from is null then
-    return;
+  v_last := (select case when s.is_called then s.last_value else s.last_value - 1 end from nightowls.events_position_seq s);
+  upto := nightowls._safe_position((_lagging.projection).org_id, -1);
+  if upto >= v_last then
+    upto := null;
   end if;
-  -- With nothing held at this moment, every append that did not know of the build has ended.
-  select case when s.is_called then s.last_value else s.last_value - 1 end into v_last from nightowls.events_position_seq s;
-  v_safe := nightowls._safe_position(_catch_up.org, -1);
-  v_ids := array(
+  ids := array(
     select distinct e.aggregate_id
       from nightowls.events e
-     where e.org_id = _catch_up.org and e."position" > v_from and e.aggregate_type = v_type);
-  if v_ids <> '{}' then
-    perform nightowls._project(_catch_up.org, array_fill(v_type, array[cardinality(v_ids)]), v_ids);
-  end if;
-  update nightowls.projections p
-     set lagging_from = case when v_safe < v_last then greatest(v_from, v_safe) end, refreshed_at = clock_timestamp()
-   where p.org_id = _catch_up.org and p.name = _catch_up.name;
+     where e.org_id = (_lagging.projection).org_id
+       and e."position" > (_lagging.projection).lagging_from
+       and e.aggregate_type = (_lagging.projection).aggregate_type);
 end;
 $$;
 
-revoke all on function nightowls._catch_up(uuid, text) from public;
+revoke all on function nightowls._lagging(nightowls.projections) from public;
+
+-- Says that a projection is settled up to a position, unless it has been built anew meanwhile, and removes what two writers
+-- left side by side. Definer: the tables are closed.
+create function nightowls._settle(projection nightowls.projections, ids text[], upto bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  perform nightowls._open_door('project');
+  delete from nightowls._projection_states s
+   where s.ctid = any (array(
+           select x.ctid
+             from nightowls._projection_states x
+            where x.org_id = (_settle.projection).org_id and x.projection = (_settle.projection).name
+              and x.generation = (_settle.projection).generation and x.aggregate_id = any (_settle.ids)
+              and exists (
+                    select from nightowls._projection_states n
+                     where n.org_id = x.org_id and n.projection = x.projection and n.generation = x.generation
+                       and n.aggregate_id = x.aggregate_id and n.version > x.version)
+              for update skip locked));
+  perform nightowls._shut_door();
+  update nightowls.projections p
+     set lagging_from = _settle.upto, refreshed_at = clock_timestamp()
+   where p.org_id = (_settle.projection).org_id and p.name = (_settle.projection).name
+     and p.generation = (_settle.projection).generation;
+end;
+$$;
+
+revoke all on function nightowls._settle(nightowls.projections, text[], bigint) from public;
 
 create function nightowls.refresh_projection(name text, org uuid default null)
   returns void
@@ -613,19 +641,28 @@ as $$
 declare
   v_org        uuid := nightowls.current_org(refresh_projection.org);
   v_projection nightowls.projections := nightowls._projection(refresh_projection.name, v_org);
+  v_lagging    record;
+  v_id         text;
 begin
-  case v_projection.kind
-  when 'reducer' then
-    perform nightowls._catch_up(v_org, v_projection.name);
-  when 'handler' then
-    if v_projection.lagging_from is not null then
-      perform nightowls._rebuild_states(v_projection.name, v_org, nightowls._build_mark(v_org));
-    end if;
-  when 'view' then
+  if v_projection.kind = 'view' then
     perform nightowls._refresh_view(v_org, v_projection.name);
+    return;
+  elsif v_projection.lagging_from is null or v_projection.kind = 'table' then
+    return; -- Kept by each append and not behind.
+  end if;
+
+  v_lagging := nightowls._lagging(v_projection);
+  if v_projection.kind = 'reducer' then
+    if v_lagging.ids <> '{}' then
+      perform nightowls._project(
+        v_org, array_fill(v_projection.aggregate_type, array[cardinality(v_lagging.ids)]), v_lagging.ids);
+    end if;
   else
-    null; -- A table projection is kept by each append and never behind.
-  end case;
+    foreach v_id in array v_lagging.ids loop
+      perform nightowls._project_by_handler(v_projection, v_id);
+    end loop;
+  end if;
+  perform nightowls._settle(v_projection, v_lagging.ids, v_lagging.upto);
 end;
 $$;
 
@@ -693,24 +730,27 @@ begin
         from nightowls.events e
        where e.org_id = v_org and e.aggregate_type = v_projection.aggregate_type
        group by e.aggregate_id
+    ), stored as (
+      select x.aggregate_id, max(x.version) as version
+        from nightowls._projection_states x
+       where x.org_id = v_org and x.projection = v_projection.name and x.generation = v_projection.generation
+       group by x.aggregate_id
     ), chosen as (
-      select coalesce(h.aggregate_id, s.aggregate_id) as aggregate_id, h.version
+      select coalesce(h.aggregate_id, s.aggregate_id) as aggregate_id, h.version, s.version as stored
         from heads h
-        full join (select distinct x.aggregate_id
-                     from nightowls._projection_states x
-                    where x.org_id = v_org and x.projection = v_projection.name
-                      and x.generation = v_projection.generation) s on s.aggregate_id = h.aggregate_id
+        full join stored s on s.aggregate_id = h.aggregate_id
        order by case when verify_projection.sample is not null then random() end
        limit verify_projection.sample
     ), compared as materialized (
-      select c.aggregate_id, c.version,
-             nightowls._state(v_projection, c.aggregate_id, c.version) as state,
+      select c.aggregate_id, c.version, c.stored,
+             nightowls._state(v_projection, c.aggregate_id, null) as state,
              case when c.version is not null then nightowls._replay(v_projection, c.aggregate_id, c.version) end as replayed
         from chosen c
     )
     select c.aggregate_id::text, c.version, c.state, c.replayed
       from compared c
      where c.state::text is distinct from c.replayed::text
+        or c.stored > c.version
      order by c.aggregate_id;
 end;
 $$;

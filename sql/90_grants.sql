@@ -48,7 +48,7 @@ create function nightowls._owner_functions()
   language sql
   immutable
   parallel safe
-  return array['grant_service', '_owner_functions', 'create_type_index', 'create_table_projection', 'create_view_projection',
+  return array['grant_service', '_owner_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends'];
 
 revoke all on function nightowls._owner_functions() from public;

@@ -9,6 +9,8 @@
 //! | [`migration`] | that list as an extension script or as migrations |
 //! | [`fold`] | folding events into state |
 
+#[cfg(feature = "extension")]
+mod error;
 pub mod fold;
 pub mod install;
 pub mod migration;

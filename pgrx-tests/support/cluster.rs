@@ -399,7 +399,10 @@ impl Drop for Cluster {
 
 /// Sends a signal to a process, by `kill`'s own spelling of it.
 pub fn kill(signal: &str, pid: &str) {
-    let killed = Command::new("kill").args([signal, pid]).output();
+    // The shell's own: a program of that name is not everywhere.
+    let killed = Command::new("sh")
+        .args(["-c", "kill \"$@\"", "kill", signal, pid])
+        .output();
     succeeded("kill", killed).unwrap_or_else(|reason| panic!("{reason}"));
 }
 

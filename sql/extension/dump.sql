@@ -7,3 +7,4 @@ select pg_catalog.pg_extension_config_dump('nightowls.events_position_seq', '');
 select pg_catalog.pg_extension_config_dump('nightowls.routes', '');
 select pg_catalog.pg_extension_config_dump('nightowls.projections', '');
 select pg_catalog.pg_extension_config_dump('nightowls._projection_states', '');
+select pg_catalog.pg_extension_config_dump('nightowls.projection_generations', '');

@@ -3,6 +3,7 @@
 -- The schema is made by create extension, from the control file. One that is there already must be empty.
 do $$
 declare
+  v_owner   pg_catalog.pg_roles;
   v_objects bigint;
   v_example text;
 begin
@@ -25,6 +26,17 @@ begin
       using errcode = 'duplicate_schema',
             detail = pg_catalog.format('Objects in it: %s. The first is %s.', v_objects, v_example),
             hint = 'Run "alter schema nightowls rename to nightowls_v1", install again, then bring the data over as docs/moving.md says.';
+  end if;
+
+  -- Its owner may put things beside ours, and ours run with the rights of who installs them.
+  select r.* into v_owner
+    from pg_catalog.pg_namespace n
+    join pg_catalog.pg_roles r on r.oid = n.nspowner
+   where n.nspname = 'nightowls';
+  if not v_owner.rolsuper and v_owner.rolname <> current_user then
+    raise exception 'schema "nightowls" belongs to role "%"', v_owner.rolname
+      using errcode = 'insufficient_privilege',
+            hint = pg_catalog.format('Run "alter schema nightowls owner to %I", or rename the schema.', current_user);
   end if;
 end;
 $$;

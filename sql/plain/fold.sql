@@ -787,6 +787,31 @@ return (_fold_final.progress).state;
 
 revoke all on function nightowls._fold_final(nightowls._fold_progress) from public;
 
+-- Folds one row, given column by column, into base.
+create function nightowls._fold_row(
+  reducer        jsonb,
+  base           jsonb,
+  event_type     text,
+  aggregate_type text,
+  aggregate_id   text,
+  version        bigint,
+  "position"     bigint,
+  event_id       uuid,
+  created_at     timestamptz,
+  payload        jsonb,
+  metadata       jsonb
+)
+  returns jsonb
+  language sql
+  immutable
+  parallel safe
+return (nightowls._fold_step(null, _fold_row.reducer, _fold_row.base, _fold_row.event_type, _fold_row.aggregate_type,
+  _fold_row.aggregate_id, _fold_row.version, _fold_row."position", _fold_row.event_id, _fold_row.created_at,
+  _fold_row.payload, _fold_row.metadata)).state;
+
+revoke all on function nightowls._fold_row(
+  jsonb, jsonb, text, text, text, bigint, bigint, uuid, timestamptz, jsonb, jsonb) from public;
+
 -- Folds rows, given in version order and column by column, from base.
 create aggregate nightowls._fold_rows(
   reducer        jsonb,
@@ -888,6 +913,7 @@ declare
   v_place    text;
   v_key      text;
   v_kind     text;
+  v_match    text[];
 begin
   perform nightowls.check_reducer(fold_state.reducer);
   if fold_state.events is null then
@@ -930,10 +956,15 @@ begin
       elsif v_key = 'event_id' and v_event ->> v_key
         !~ '^[0-9a-fA-F]{8}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{4}-[0-9a-fA-F]{12}$' then
         perform nightowls._fold_refuse_event(v_place || '.event_id', 'Expected a UUID.');
-      elsif v_key = 'created_at' and v_event ->> v_key
-        !~ '^[0-9]{4}-[0-9]{2}-[0-9]{2}[T ][0-9]{2}:[0-9]{2}:[0-9]{2}(\.[0-9]{1,6})?(Z|[+-][0-9]{2}(:[0-9]{2})?)$' then
-        perform nightowls._fold_refuse_event(v_place || '.created_at',
-          'Expected a time with its zone, such as "2030-01-31T12:00:00Z".');
+      elsif v_key = 'created_at' then
+        v_match := regexp_match(v_event ->> v_key,
+          '^((?!0000)[0-9]{4})-(0[1-9]|1[0-2])-(0[1-9]|[12][0-9]|3[01])[T ]([01][0-9]|2[0-3]):[0-5][0-9]:[0-5][0-9]'
+          '(?:\.[0-9]{1,6})?(?:Z|[+-](?:0[0-9]|1[0-5])(?::[0-5][0-9])?)$');
+        if v_match is null or v_match[3]::integer > extract(day from
+          make_date(v_match[1]::integer, v_match[2]::integer, 1) + interval '1 month' - interval '1 day') then
+          perform nightowls._fold_refuse_event(v_place || '.created_at',
+            'Expected a time with its zone, such as "2030-01-31T12:00:00Z".');
+        end if;
       end if;
     end loop;
 
@@ -975,21 +1006,35 @@ create function nightowls._fold_tail(
   stable
   parallel safe
   set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
 as $$
 #variable_conflict use_column
 begin
-  select nightowls._fold_rows(_fold_tail.reducer, _fold_tail.base, e.event_type, e.aggregate_type, e.aggregate_id,
-           e.version, e."position", e.event_id, e.created_at, e.payload, e.metadata),
-         max(e.version), max(e."position")
-    into state, version, "position"
-    from (select e.*
-            from nightowls.events e
-           where e.org_id = _fold_tail.org
-             and e.aggregate_type = _fold_tail.aggregate_type
-             and e.aggregate_id = _fold_tail.aggregate_id
-             and e.version >= _fold_tail.from_version
-             and e.version <= coalesce(_fold_tail.to_version, 9223372036854775807)
-           order by e.version) e;
+  -- One event, as most appends bring it, needs no aggregate.
+  if _fold_tail.from_version = _fold_tail.to_version then
+    select nightowls._fold_row(_fold_tail.reducer, _fold_tail.base, e.event_type, e.aggregate_type, e.aggregate_id,
+             e.version, e."position", e.event_id, e.created_at, e.payload, e.metadata),
+           e.version, e."position"
+      into state, version, "position"
+      from nightowls.events e
+     where e.org_id = _fold_tail.org
+       and e.aggregate_type = _fold_tail.aggregate_type
+       and e.aggregate_id = _fold_tail.aggregate_id
+       and e.version = _fold_tail.from_version;
+  else
+    select nightowls._fold_rows(_fold_tail.reducer, _fold_tail.base, e.event_type, e.aggregate_type, e.aggregate_id,
+             e.version, e."position", e.event_id, e.created_at, e.payload, e.metadata),
+           max(e.version), max(e."position")
+      into state, version, "position"
+      from (select e.*
+              from nightowls.events e
+             where e.org_id = _fold_tail.org
+               and e.aggregate_type = _fold_tail.aggregate_type
+               and e.aggregate_id = _fold_tail.aggregate_id
+               and e.version >= _fold_tail.from_version
+               and e.version <= coalesce(_fold_tail.to_version, 9223372036854775807)
+             order by e.version) e;
+  end if;
 
   if version is null then
     state := _fold_tail.base;

@@ -1,0 +1,3 @@
+import { pgTable, text } from 'drizzle-orm/pg-core'
+
+export const customers = pgTable('customers', { id: text('id').primaryKey(), name: text('name').notNull() })

@@ -1,1 +1,0 @@
-//! Folding events into state.
