@@ -29,7 +29,12 @@ select kind, name, code, comment, columns from (
                          coalesce(' default ' || regexp_replace(pg_get_function_arg_default(p.oid, a.number::int),
                            '^(NULL)?(.*?)(::[a-z0-9. ]+)?$', '\1\2'), '')), E',\n' order by a.number)
                   from unnest(p.proargtypes) with ordinality as a (type, number)) || E'\n', '')
-           || ')' || coalesce(' returns ' || pg_get_function_result(p.oid), '') as code,
+           || ')' || coalesce(' returns ' || pg_get_function_result(p.oid), '')
+           || E'\n-- ' || concat_ws(', ',
+                case p.provolatile when 'i' then 'immutable' when 's' then 'stable' else 'volatile' end,
+                case when p.proisstrict then 'strict' end,
+                'parallel ' || case p.proparallel when 's' then 'safe' when 'r' then 'restricted' else 'unsafe' end,
+                case when p.prosecdef then 'security definer' end) as code,
          obj_description(p.oid, 'pg_proc') as comment,
          null as columns
     from pg_proc p

@@ -96,8 +96,8 @@ struct Stress<'a> {
 }
 
 /// A connection, if the server takes one just now.
-fn connect(db: &Db, role: &str) -> Option<Client> {
-    Client::connect(&db.url(role), NoTls).ok()
+fn connect(db: &Db, role: &str, name: &str) -> Option<Client> {
+    Client::connect(&format!("{}&application_name={name}", db.url(role)), NoTls).ok()
 }
 
 /// The first column of every row, as numbers.
@@ -181,10 +181,16 @@ impl Stress<'_> {
 
     fn write(&self, number: usize) {
         let mut random = Random::new(self.seed * 1000 + number as u64);
+        // One in four is the owner, as in many a small project.
+        let role = if number % 4 == 0 {
+            self.db.install().owner()
+        } else {
+            SERVICE
+        };
         let mut client = None;
         while Instant::now() < self.until && !self.failed.load(Ordering::Relaxed) {
             let Some(open) = client.as_mut() else {
-                client = connect(self.db, SERVICE);
+                client = connect(self.db, role, "writer");
                 continue;
             };
             match self.transaction(open, &mut random) {
@@ -233,7 +239,7 @@ impl Stress<'_> {
             // Asked before the read: once nobody writes, an empty read is the end.
             let writing = self.writing.load(Ordering::SeqCst);
             let Some(open) = client.as_mut() else {
-                client = connect(self.db, self.db.install().owner());
+                client = connect(self.db, SERVICE, "reader");
                 continue;
             };
             let after = seen.last().map_or(0, |event| event.0);
@@ -298,11 +304,11 @@ impl Stress<'_> {
                 continue;
             };
             let pids = client
-                .simple_query(&format!(
+                .simple_query(
                     "select pid from pg_stat_activity \
-                     where usename = '{SERVICE}' and datname = current_database() \
-                       and (xact_start is not null or random() < 0.2)"
-                ))
+                     where application_name = 'writer' and datname = current_database() \
+                       and (xact_start is not null or random() < 0.2)",
+                )
                 .map(numbers)
                 .unwrap_or_default();
             if pids.is_empty() {
@@ -464,10 +470,10 @@ fn settle(db: &Db) {
                 NoTls,
             )
             .and_then(|mut client| {
-                client.simple_query(&format!(
-                    "select pid from pg_stat_activity where usename = '{SERVICE}' \
-                   and datname = current_database() and xact_start is not null"
-                ))
+                client.simple_query(
+                    "select pid from pg_stat_activity where application_name = 'writer' \
+                   and datname = current_database() and xact_start is not null",
+                )
             })
             .is_ok_and(|rows| numbers(rows).is_empty())
         },
@@ -529,25 +535,36 @@ fn a_reader_stops_below_an_open_append_and_goes_on_when_it_ends() {
     on_each_route(|db| {
         default_org(db);
         let mut reader = db.service();
-        for (number, (first, second)) in [
+        let [owner, service] = [db.install().owner(), SERVICE];
+        for (number, (first, second, role, end)) in [
             (append("first"), append("second")),
             (insert("first"), append("second")),
             (append("first"), insert("second")),
             (insert("first"), insert("second")),
         ]
         .into_iter()
+        .flat_map(|(first, second)| {
+            [
+                (owner, "commit"),
+                (owner, "rollback"),
+                (service, "commit"),
+                (service, "rollback"),
+            ]
+            .map(|(role, end)| (first.clone(), second.clone(), role, end))
+        })
         .enumerate()
         {
-            for end in ["commit", "rollback"] {
+            {
                 let after: i64 = reader
                     .value("select coalesce(max(position), 0) from nightowls.events")
                     .and_then(|position| position.parse().ok())
                     .expect("a number");
-                let what = format!("{number}, {end}");
-                let mut open = db.service();
+                let what = format!("{number}: {role}, {end}");
+                // A session that has done nothing yet, as those of a web server often have.
+                let mut open = db.session(role);
                 open.exec("begin");
                 open.exec(&first);
-                db.service().exec(&second);
+                db.session(role).exec(&second);
                 assert_eq!(read(&mut reader, after), NOTHING, "{what}");
                 open.exec(end);
                 // In the next call, whether it committed or rolled back.

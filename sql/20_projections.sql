@@ -104,7 +104,7 @@ create function nightowls._refuse_write()
 as $$
 #variable_conflict use_column
 begin
-  if current_setting('nightowls.door', true) = pg_current_xact_id_if_assigned()::text || '|project'
+  if starts_with(current_setting('nightowls.door', true), pg_current_xact_id_if_assigned()::text || '|project')
      or current_setting('row_security') = 'off'
         and pg_has_role(current_user, (select c.relowner from pg_class c where c.oid = tg_relid), 'usage') then
     return coalesce(new, old);
@@ -313,6 +313,26 @@ $$;
 
 revoke all on function nightowls._project_by_handler(nightowls.projections, text) from public;
 
+-- Appends share a table projection's target; a build has it alone. The shared lock is asked for again by who has it without waiting.
+create function nightowls._lock_target(target text, alone boolean)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _lock_target.alone then
+    perform pg_advisory_xact_lock(nightowls._lock_class(260), hashtext(_lock_target.target));
+  else
+    perform pg_advisory_xact_lock_shared(nightowls._lock_class(260), hashtext(_lock_target.target));
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._lock_target(text, boolean) from public;
+
 -- Calls the handlers that wait for these events, as the one who appends: never as the owner.
 create function nightowls._call_handlers(org uuid, aggregate_types text[], positions bigint[])
   returns void
@@ -323,6 +343,7 @@ create function nightowls._call_handlers(org uuid, aggregate_types text[], posit
 as $$
 #variable_conflict use_column
 declare
+  v_door       text := coalesce(current_setting('nightowls.door', true), '');
   v_projection nightowls.projections;
   v_event      nightowls.events;
   v_id         text;
@@ -349,6 +370,14 @@ begin
       continue;
     end if;
 
+    -- The door names the handlers at work, so that none is called again by its own append, out of order.
+    if strpos(v_door, '|' || md5(v_projection.name)) > 0 then
+      raise exception 'the handler of projection "%" appends to the aggregate type it handles', v_projection.name
+        using errcode = 'feature_not_supported',
+              detail = 'Its events would be handled out of order.',
+              hint = 'Append to another aggregate type.';
+    end if;
+    perform nightowls._lock_target(v_projection.target, false);
     for v_event in
       select e.*
         from nightowls.events e
@@ -357,10 +386,10 @@ begin
          and e.aggregate_type = v_projection.aggregate_type
        order by e."position"
     loop
-      -- Opened for each call: a handler that appends shuts it.
-      perform nightowls._open_door('project');
+      perform nightowls._open_door(case when v_door ~ '^\d+[|]project' then substr(v_door, strpos(v_door, '|') + 1) else 'project' end
+                                   || '|' || md5(v_projection.name));
       execute 'select ' || v_projection.handler || '($1)' using v_event;
-      perform nightowls._shut_door();
+      perform set_config('nightowls.door', v_door, true);
     end loop;
   end loop;
 end;

@@ -48,7 +48,10 @@ begin
       using errcode = 'object_in_use', hint = 'A table that several orgs share needs a column org_id.';
   end if;
 
+  -- Appends that are open do not know of it: they end first, and new ones wait.
+  perform nightowls._await_appends();
   if nightowls._register_projection(v_definition) then
+    perform nightowls._touch_org(v_org);
     if not exists (
          select from pg_trigger t
           where t.tgrelid = v_target and t.tgfoid = 'nightowls._refuse_write()'::regprocedure) then
@@ -65,7 +68,8 @@ comment on function nightowls.create_table_projection(text, text, text, text, uu
   'Makes a read model in a table of the user''s. name: unique in the org; aggregate_type: whose events; target: schema.table; handler: '
   'schema.name of a function (event nightowls.events) returning void that writes to it, called for each event in version order, in the '
   'transaction that appends, as the role that appends; org: the tenant. From then on the table refuses every other write (NW008). What is in '
-  'the log is handled before this returns; the table is emptied first, and appends of the type wait. Runs DDL: for the owner of the table. '
+  'the log is handled before this returns; the table is emptied first. Waits for open appends, and keeps new ones waiting until the '
+  'transaction ends. The handler must not append to the aggregate type it handles (0A000). Runs DDL: owner only. '
   'Raises 42P01 if the table, 42883 if the handler does not exist, 42809 if the target is no table, 42710 if the projection exists with '
   'another definition, NW010 if there is no org.';
 
@@ -101,8 +105,27 @@ create function nightowls._has_org_id(target text)
 
 revoke all on function nightowls._has_org_id(text) from public;
 
+-- Says to appends above read committed whose snapshot is older that they do not know of a table projection (_after_append).
+-- Definer: orgs is closed.
+create function nightowls._touch_org(org uuid)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  update nightowls.orgs o set org_id = o.org_id where o.org_id = _touch_org.org;
+end;
+$$;
+
+revoke all on function nightowls._touch_org(uuid) from public;
+
 -- Empties the target of this org's rows and calls the handlers of all projections that write to it, for every event in
--- order, as the caller. First what is settled, then, with appends waiting, the rest: no event is left out or handled twice.
+-- order, as the caller. With the target alone: an append that has handled its events has committed, so they are read here;
+-- one that has not handles them afterwards. Nothing is left out or handled twice.
 create function nightowls._rebuild_table(projection nightowls.projections)
   returns void
   language plpgsql
@@ -113,11 +136,9 @@ as $$
 #variable_conflict use_column
 declare
   v_org  uuid := (_rebuild_table.projection).org_id;
-  v_safe bigint;
   v_call record;
 begin
-  execute format('lock table %s in share row exclusive mode', (_rebuild_table.projection).target);
-  v_safe := nightowls._safe_position(v_org, -1);
+  perform nightowls._lock_target((_rebuild_table.projection).target, true);
   perform nightowls._open_door('project');
   if nightowls._has_org_id((_rebuild_table.projection).target) then
     execute format('delete from %s where org_id = $1', (_rebuild_table.projection).target) using v_org;
@@ -125,23 +146,17 @@ begin
     execute format('delete from %s', (_rebuild_table.projection).target);
   end if;
 
-  for v_pass in 1 .. 2 loop
-    if v_pass = 2 then
-      perform nightowls._await_appends();
-    end if;
-    for v_call in
-      select e as event, p.handler
-        from nightowls.events e
-        join nightowls.projections p
-          on p.org_id = e.org_id and p.aggregate_type = e.aggregate_type
-         and p.kind = 'table' and p.target = (_rebuild_table.projection).target
-       where e.org_id = v_org
-         and case v_pass when 1 then e."position" <= v_safe else e."position" > v_safe end
-       order by e."position", p.name
-    loop
-      perform nightowls._open_door('project');
-      execute 'select ' || v_call.handler || '($1)' using v_call.event;
-    end loop;
+  for v_call in
+    select e as event, p.handler, p.name
+      from nightowls.events e
+      join nightowls.projections p
+        on p.org_id = e.org_id and p.aggregate_type = e.aggregate_type
+       and p.kind = 'table' and p.target = (_rebuild_table.projection).target
+     where e.org_id = v_org
+     order by e."position", p.name
+  loop
+    perform nightowls._open_door('project|' || md5(v_call.name));
+    execute 'select ' || v_call.handler || '($1)' using v_call.event;
   end loop;
   perform nightowls._shut_door();
 end;
@@ -290,6 +305,10 @@ declare
   v_org        uuid := nightowls.current_org(drop_projection.org);
   v_projection nightowls.projections := nightowls._projection(drop_projection.name, v_org);
 begin
+  if v_projection.kind = 'table'
+     and not pg_has_role(current_user, (select c.relowner from pg_class c where c.oid = to_regclass(v_projection.target)), 'usage') then
+    raise exception 'must be owner of table %', v_projection.target using errcode = 'insufficient_privilege';
+  end if;
   perform nightowls._forget_projection(v_org, v_projection.name);
   if v_projection.kind = 'view' then
     execute format('drop view nightowls.%I', 'view_' || v_projection.name);

@@ -610,9 +610,8 @@ begin
   end if;
 
   v_state := _fold_step.progress.state;
-  v_ops := _fold_step.progress.ops;
   for v_index in _fold_step.progress.firsts[v_list] .. _fold_step.progress.lasts[v_list] loop
-    v_op := v_ops[v_index];
+    v_op := _fold_step.progress.ops[v_index];
 
     if v_state is null then
       continue when v_op.op = 'tombstone';
@@ -852,7 +851,8 @@ begin
     return _fold_event_step.progress;
   elsif (_fold_event_step.progress).reducer is null then
     perform nightowls.check_reducer(_fold_event_step.reducer);
-  elsif _fold_event_step.reducer is distinct from (_fold_event_step.progress).reducer then
+  elsif not record_image_eq(row(_fold_event_step.reducer), row((_fold_event_step.progress).reducer))
+    and _fold_event_step.reducer is distinct from (_fold_event_step.progress).reducer then
     raise exception 'reducer must be the same for every event' using errcode = 'invalid_parameter_value';
   end if;
 

@@ -11,3 +11,12 @@ class Customer(Base):
 
     id: Mapped[str] = mapped_column(Text, primary_key=True)
     name: Mapped[str] = mapped_column(Text)
+
+
+class Org(Base):
+    """A table of ours among the application's own: include_object leaves it out."""
+
+    __tablename__ = "orgs"
+    __table_args__ = {"schema": "nightowls"}
+
+    org_id: Mapped[str] = mapped_column(Text, primary_key=True)

@@ -1,0 +1,547 @@
+//! Who may do what, and what no trick with names changes.
+
+use crate::fixture::{default_org, lines};
+use crate::projections::text;
+use crate::support::{
+    APP, Db, Install, SERVICE, STRANGER, Session, on_each_install, on_each_route, quote,
+};
+
+/// What only the owner may call, among what is public.
+const OWNERS: &[&str] = &[
+    "create_table_projection",
+    "create_type_index",
+    "create_view_projection",
+    "grant_service",
+    "migration_files",
+];
+
+/// Every function as a call with null arguments, with its public name; not those that
+/// only the executor can call.
+#[track_caller]
+fn calls(db: &Db) -> Vec<(String, String)> {
+    db.superuser()
+        .rows(
+            "select p.proname, format('select nightowls.%I(%s)', p.proname,
+                      (select string_agg('null::' || format_type(t, null), ', ' order by n)
+                         from unnest(p.proargtypes) with ordinality a (t, n)))
+               from pg_proc p
+              where p.pronamespace = 'nightowls'::regnamespace
+                and not 'internal'::regtype = any (p.proargtypes)
+                and p.prorettype not in ('internal'::regtype)
+              order by p.proname",
+        )
+        .into_iter()
+        .map(|row| (row[0].clone().unwrap(), row[1].clone().unwrap()))
+        .collect()
+}
+
+#[track_caller]
+fn relations(db: &Db) -> Vec<String> {
+    lines(
+        &mut db.superuser(),
+        "select format('nightowls.%I', relname) from pg_class
+          where relnamespace = 'nightowls'::regnamespace and relkind in ('r', 'p', 'v', 'm') order by 1",
+    )
+}
+
+#[test]
+fn a_stranger_may_do_nothing_at_all() {
+    on_each_route(|db| {
+        default_org(db);
+        db.owner().exec(
+            r#"select nightowls.create_projection('tally', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}')"#,
+        );
+        let mut stranger = db.session(STRANGER);
+        // First as it stands; then where somebody has let everybody into the schema, as an exposed API schema is.
+        for round in 0..2 {
+            if round == 1 {
+                db.owner().exec("grant usage on schema nightowls to public");
+            }
+            for (_, call) in calls(db) {
+                assert_eq!(stranger.refused(&call).code, "42501", "{call}");
+            }
+            for relation in relations(db) {
+                for sql in [
+                    format!("select * from {relation}"),
+                    format!("select count(*) from {relation}"),
+                    format!("insert into {relation} default values"),
+                    format!("delete from {relation}"),
+                    format!("copy {relation} to stdout"),
+                ] {
+                    // A view is refused by COPY for what it is.
+                    let code = stranger.refused(&sql).code;
+                    assert!(
+                        code == "42501" || sql.starts_with("copy") && code == "42809",
+                        "{sql}: {code}"
+                    );
+                }
+            }
+            for sql in [
+                "select nextval('nightowls.events_position_seq')",
+                "select setval('nightowls.events_position_seq', 1)",
+                "select last_value from nightowls.events_position_seq",
+                "create table nightowls.mine ()",
+                "create function nightowls.mine() returns int language sql return 1",
+                "alter table nightowls.events disable trigger all",
+                "create trigger mine after insert on nightowls.events execute function nightowls._after_insert()",
+                "comment on schema nightowls is 'mine'",
+            ] {
+                assert_eq!(stranger.refused(sql).code, "42501", "{sql}");
+            }
+        }
+        let granted = lines(
+            &mut db.superuser(),
+            "select p.oid::regprocedure from pg_proc p, aclexplode(coalesce(p.proacl, acldefault('f', p.proowner))) a
+              where p.pronamespace = 'nightowls'::regnamespace and a.grantee = 0
+             union all
+             select c.oid::regclass::text from pg_class c, aclexplode(c.relacl) a
+              where c.relnamespace = 'nightowls'::regnamespace and a.grantee = 0
+             union all
+             select c.attrelid::regclass || '.' || c.attname from pg_attribute c, aclexplode(c.attacl) a
+              where (select relnamespace from pg_class where oid = c.attrelid) = 'nightowls'::regnamespace and a.grantee = 0",
+        );
+        assert_eq!(granted, Vec::<String>::new(), "granted to everybody");
+    });
+}
+
+#[test]
+fn a_service_has_the_rights_of_grant_service_and_no_others() {
+    on_each_install(|db| {
+        let owned = lines(
+            &mut db.superuser(),
+            &format!(
+                "select proname from pg_proc
+                  where pronamespace = 'nightowls'::regnamespace and proname not like '\\_%'
+                    and not has_function_privilege('{SERVICE}', oid, 'execute')
+                  order by 1"
+            ),
+        );
+        let expected: Vec<_> = OWNERS
+            .iter()
+            .filter(|name| db.install() == Install::Extension || **name != "migration_files")
+            .collect();
+        assert_eq!(owned.iter().collect::<Vec<_>>(), expected);
+
+        let rights = lines(
+            &mut db.superuser(),
+            &format!(
+                "select c.relname, string_agg(lower(p), ' ' order by p)
+                   from pg_class c, unnest('{{SELECT,INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER}}'::text[]) p
+                  where c.relnamespace = 'nightowls'::regnamespace and c.relkind in ('r', 'v', 'm')
+                    and has_table_privilege('{SERVICE}', c.oid, p)
+                  group by 1 order by 1"
+            ),
+        );
+        assert_eq!(
+            rights,
+            [
+                "_projection_states select",
+                "events select",
+                "org_members delete insert select update",
+                "orgs delete insert select update",
+                "projection_states select",
+                "projections select",
+                "routes select",
+                "settings delete insert select update",
+            ]
+        );
+        let columns = lines(
+            &mut db.superuser(),
+            &format!(
+                "select string_agg(attname, ' ' order by attnum) from pg_attribute
+                  where attrelid = 'nightowls.events'::regclass and attnum > 0
+                    and has_column_privilege('{SERVICE}', attrelid, attnum, 'insert')"
+            ),
+        );
+        assert_eq!(
+            columns,
+            ["org_id aggregate_type aggregate_id version event_type payload metadata event_id"]
+        );
+        assert_eq!(
+            text(
+                &mut db.superuser(),
+                &format!("select has_sequence_privilege('{SERVICE}', 'nightowls.events_position_seq', 'usage,select,update') or
+                                 has_schema_privilege('{SERVICE}', 'nightowls', 'create')")
+            ),
+            "f"
+        );
+        let mut service = db.service();
+        for (name, call) in calls(db) {
+            if OWNERS.contains(&name.as_str()) {
+                assert_eq!(service.refused(&call).code, "42501", "{call}");
+            }
+        }
+        for sql in [
+            "select nextval('nightowls.events_position_seq')",
+            "select setval('nightowls.events_position_seq', 1)",
+            "alter table nightowls.events disable trigger all",
+            "set session_replication_role = replica",
+            "create trigger mine after insert on nightowls.events execute function nightowls._after_insert()",
+            "update nightowls.events set payload = '{}'",
+            "insert into nightowls.routes select gen_random_uuid(), 'a', 'reducer', 'b'",
+            "update nightowls.projections set handler = 'public.f'",
+            "insert into nightowls.events (org_id, aggregate_type, aggregate_id, event_type, created_at) select null, 'a', 'b', 'c', now()",
+            "alter role current_user superuser",
+        ] {
+            assert_eq!(service.refused(sql).code, "42501", "{sql}");
+        }
+    });
+}
+
+#[test]
+fn grant_service_makes_any_role_a_service_and_refuses_one_that_is_not_there() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        let refusal = owner.refused("select nightowls.grant_service('owl_nobody')");
+        assert_eq!(refusal.code, "42704");
+        assert!(refusal.message.contains("\"owl_nobody\""), "{refusal}");
+        assert_eq!(
+            owner.refused("select nightowls.grant_service(null)").code,
+            "22004"
+        );
+        assert_eq!(
+            owner.refused("select nightowls.grant_service('')").code,
+            "42704"
+        );
+        assert_eq!(
+            owner
+                .refused("select nightowls.grant_service('owl_app; drop schema nightowls')")
+                .code,
+            "42704"
+        );
+        assert_eq!(
+            db.service()
+                .refused(&format!("select nightowls.grant_service('{SERVICE}')"))
+                .code,
+            "42501"
+        );
+        // The name of a role is any text; roles are the cluster's, so this one has the database's name.
+        let odd = format!("it's \"{}\"", db.name());
+        let ident = format!("\"{}\"", odd.replace('"', "\"\""));
+        db.superuser().exec(&format!("create role {ident}"));
+        owner.exec(&format!(
+            "select nightowls.grant_service({0}); select nightowls.grant_service({0})",
+            quote(&odd)
+        ));
+        let mut superuser = db.superuser();
+        superuser.exec(&format!("set role {ident}"));
+        superuser.exec("select nightowls.append_event('order', 'a', 'noted')");
+        assert_eq!(
+            text(
+                &mut superuser,
+                "select count(*) from nightowls.read_events()"
+            ),
+            "1"
+        );
+        superuser.exec(&format!(
+            "reset role; drop owned by {ident}; drop role {ident}"
+        ));
+    });
+}
+
+/// What a client does and sees, in calls that leave nothing to the session's own
+/// search path.
+#[track_caller]
+fn scenario(owner: &mut Session, service: &mut Session) -> Vec<String> {
+    let mut seen = Vec::new();
+    owner.exec(
+        r#"select nightowls.create_projection('tally', 'order', '{"on": {"counted": [{"op": "add", "path": "n", "value": "$.by"}]},
+              "otherwise": [{"op": "set", "path": "last", "value": "@.event_type"}, {"op": "min", "path": "least", "value": "$.by"}]}')"#,
+    );
+    for sql in [
+        r#"select version from nightowls.append_event('order', 'a', 'counted', '{"by": 1}')"#,
+        r#"select version from nightowls.append_event('order', 'a', 'counted', '{"by": 2}', 1, '00000000-0000-4000-8000-000000000001')"#,
+        r#"select version from nightowls.append_event('order', 'a', 'counted', '{"by": 2}', 1, '00000000-0000-4000-8000-000000000001')"#,
+        r#"select version from nightowls.append_events('order', 'b', '[{"event_type": "counted", "payload": {"by": 4}}, {"event_type": "noted", "payload": {"by": 3}}]')"#,
+        r#"select aggregate_id, version from nightowls.append_many('[{"aggregate_type": "order", "aggregate_id": "a", "events": [{"event_type": "counted", "payload": {"by": 8}}]},
+                                                                     {"aggregate_type": "order", "aggregate_id": "c", "events": [{"event_type": "noted"}]}]')"#,
+        r#"insert into nightowls.events (aggregate_type, aggregate_id, event_type, payload) values ('order', 'c', 'counted', '{"by": 1}')"#,
+        "select nightowls.state('tally', 'a'), nightowls.state('tally', 'b'), nightowls.state('tally', 'c')",
+        "select nightowls.state_at('tally', 'a', 1), nightowls.state_at_time('tally', 'a', 'infinity')",
+        "select aggregate_id, version, event_type, payload from nightowls.read_aggregate('order', 'a')",
+        r#"select aggregate_id, version from nightowls.read_events(filter => '{"event_types": ["counted"]}')"#,
+        "select aggregate_id, version from nightowls.recent_events(max_events => 2)",
+        "select version from nightowls.last_event('order', 'b')",
+        "select nightowls.event_id_for('stripe', 'evt_1')",
+        "select aggregate_id, version, state from nightowls.projection_states",
+        "select nightowls.refresh_projection('tally'), nightowls.rebuild_projection('tally')",
+        "select aggregate_id from nightowls.verify_projection('tally')",
+        r#"select nightowls.fold_state('{"otherwise": [{"op": "push", "path": "l", "value": "$.x"}]}', null, '[{"event_type": "e", "payload": {"x": [1.10]}}]')"#,
+    ] {
+        seen.extend(lines(service, sql));
+    }
+    for sql in [
+        "select nightowls.append_event('order', 'a', 'counted', '{}', 7)",
+        r#"select nightowls.append_event('order', 'a', 'counted', '{"by": 3}', null, '00000000-0000-4000-8000-000000000001')"#,
+        "select nightowls.append_event('', 'a', 'counted')",
+        "select nightowls.state('tolly', 'a')",
+        "insert into nightowls.events (aggregate_type, aggregate_id, version, event_type) values ('order', 'a', 9, 'counted')",
+    ] {
+        let refusal = service.refused(sql);
+        seen.push(format!("{} {}", refusal.code, refusal.message));
+    }
+    seen
+}
+
+/// Each raises SH001 in place of what it is named like.
+fn create_shadows(session: &mut Session) {
+    session.exec(
+        r#"do $body$
+           declare
+             v_name text; v_type text; v_count int := 0;
+           begin
+             foreach v_type in array '{text,bigint,int,uuid,jsonb,boolean,timestamptz,numeric,oid,name}'::text[] loop
+               execute format('create function public.shadow(%1$s, %1$s) returns boolean language plpgsql as $$ begin raise exception ''shadowed'' using errcode = ''SH001''; end $$', v_type);
+               foreach v_name in array '{=,<>,<,>,<=,>=,||,+,-,&,@>}'::text[] loop
+                 execute format('create operator public.%s (leftarg = %s, rightarg = %2$s, function = public.shadow)', v_name, v_type);
+               end loop;
+             end loop;
+             -- Every function of pg_catalog that our sources may name, with the same arguments.
+             for v_name, v_type in
+               select p.proname, pg_get_function_identity_arguments(p.oid) from pg_proc p
+                where p.pronamespace = 'pg_catalog'::regnamespace and p.prokind = 'f'
+                  and p.prorettype <> 'internal'::regtype and not 'internal'::regtype = any (p.proargtypes)
+                  and p.proargmodes is null and pg_get_function_identity_arguments(p.oid) !~ 'VARIADIC|"any"|any|cstring|internal|trigger'
+                  and p.proname = any ('{lower,upper,length,octet_length,substr,split_part,strpos,starts_with,left,right,replace,btrim,repeat,format,
+                       set_config,current_setting,clock_timestamp,now,hashtext,uuid_hash,pg_advisory_xact_lock,pg_advisory_xact_lock_shared,
+                       pg_current_xact_id,pg_current_xact_id_if_assigned,jsonb_typeof,jsonb_array_length,jsonb_set,jsonb_path_exists,
+                       gen_random_uuid,pg_has_role,pg_is_in_recovery,current_database,jsonb_extract_path,cardinality,generate_series}'::text[])
+             loop
+               begin
+                 execute format('create function public.%I(%s) returns text language plpgsql as $$ begin raise exception ''shadowed'' using errcode = ''SH001''; end $$', v_name, v_type);
+                 v_count := v_count + 1;
+               exception when others then null;
+               end;
+             end loop;
+             assert v_count > 30, v_count;
+             foreach v_name in array '{append_event,_project,_fold_tail,_hold,current_org,state,_is_service,version}'::text[] loop
+               execute format('create function public.%I() returns text language plpgsql as $$ begin raise exception ''shadowed'' using errcode = ''SH001''; end $$', v_name);
+             end loop;
+           end $body$;
+           create table public.events (); create table public.projections (); create table public.routes (); create table public.orgs ();
+           create table public.inserted (); create table public.folded ()"#,
+    );
+}
+
+#[test]
+fn operators_functions_and_tables_of_the_same_names_in_the_search_path_change_nothing() {
+    for install in Install::ALL {
+        crate::support::on_install(install, |db| {
+            default_org(db);
+            let plain = scenario(&mut db.owner(), &mut db.service());
+            assert!(plain.len() > 25, "{plain:#?}");
+
+            crate::support::on_install(install, |db| {
+                default_org(db);
+                create_shadows(&mut db.session(APP));
+                let (mut owner, mut service) = (db.owner(), db.service());
+                for session in [&mut owner, &mut service] {
+                    session.exec("set search_path = public, pg_temp, pg_catalog");
+                    assert_eq!(session.refused("select lower('A')").code, "SH001");
+                    assert_eq!(
+                        session.refused("select 'a'::text = 'b'::text").code,
+                        "SH001"
+                    );
+                }
+                assert_eq!(scenario(&mut owner, &mut service), plain);
+            });
+
+            crate::support::on_install(install, |db| {
+                default_org(db);
+                db.superuser().exec(&format!(
+                    "grant temporary on database {} to public",
+                    db.name()
+                ));
+                let (mut owner, mut service) = (db.owner(), db.service());
+                for session in [&mut owner, &mut service] {
+                    for table in [
+                        "events",
+                        "routes",
+                        "projections",
+                        "_projection_states",
+                        "projection_states",
+                        "orgs",
+                        "settings",
+                        "org_members",
+                        "events_position_seq",
+                        "inserted",
+                        "folded",
+                        "removed",
+                        "pg_locks",
+                        "pg_class",
+                        "pg_roles",
+                        "pg_proc",
+                    ] {
+                        session.exec(&format!("create temp table {table} (nothing int)"));
+                    }
+                    session.exec("create type pg_temp.append_result as (x int); set search_path = pg_temp, public");
+                }
+                assert_eq!(scenario(&mut owner, &mut service), plain);
+            });
+        });
+    }
+}
+
+/// One call of each function that the service may call.
+const CALLS: &[(&str, &str)] = &[
+    (
+        "alter_projection",
+        r#"select nightowls.alter_projection('tally', '{"otherwise": [{"op": "add", "path": "m"}]}')"#,
+    ),
+    (
+        "append_event",
+        "select nightowls.append_event('order', 'a', 'noted')",
+    ),
+    (
+        "append_events",
+        r#"select nightowls.append_events('order', 'a', '[{"event_type": "noted"}, {"event_type": "noted"}]')"#,
+    ),
+    (
+        "append_many",
+        r#"select nightowls.append_many('[{"aggregate_type": "order", "aggregate_id": "b", "events": [{"event_type": "noted"}]}]')"#,
+    ),
+    ("check_reducer", "select nightowls.check_reducer('{}')"),
+    ("create_org", "select nightowls.create_org('new')"),
+    (
+        "create_projection",
+        r#"select nightowls.create_projection('more', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}')"#,
+    ),
+    ("current_org", "select nightowls.current_org()"),
+    (
+        "drop_projection",
+        "select nightowls.drop_projection('more')",
+    ),
+    ("event_id_for", "select nightowls.event_id_for('a', 'b')"),
+    (
+        "fold_events",
+        "select nightowls.fold_events('{}', e order by e.version) from nightowls.events e",
+    ),
+    (
+        "fold_state",
+        "select nightowls.fold_state('{}', null, '[]')",
+    ),
+    ("last_event", "select nightowls.last_event('order', 'a')"),
+    (
+        "read_aggregate",
+        "select nightowls.read_aggregate('order', 'a')",
+    ),
+    ("read_events", "select nightowls.read_events()"),
+    (
+        "rebuild_projection",
+        "select nightowls.rebuild_projection('tally'), nightowls.rebuild_projection('handled')",
+    ),
+    ("recent_events", "select nightowls.recent_events()"),
+    // Of a view it is REFRESH MATERIALIZED VIEW, which event triggers take for DDL: the one exception.
+    (
+        "refresh_projection",
+        "select nightowls.refresh_projection('tally'), nightowls.refresh_projection('handled')",
+    ),
+    (
+        "set_default_org",
+        "select nightowls.set_default_org(nightowls.current_org())",
+    ),
+    ("state", "select nightowls.state('tally', 'a')"),
+    ("state_at", "select nightowls.state_at('tally', 'a', 1)"),
+    (
+        "state_at_time",
+        "select nightowls.state_at_time('tally', 'a', 'now')",
+    ),
+    (
+        "verify_projection",
+        "select nightowls.verify_projection('tally')",
+    ),
+    ("version", "select nightowls.version()"),
+];
+
+#[test]
+fn nothing_that_the_service_may_call_runs_ddl() {
+    on_each_route(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        owner.exec(&format!(
+            r#"select nightowls.create_projection('tally', 'order', '{{"otherwise": [{{"op": "add", "path": "n"}}]}}');
+               create function public.handled(state jsonb, event nightowls.events) returns jsonb language sql return '{{}}'::jsonb;
+               select nightowls.create_projection('handled', 'order', handler => 'public.handled');
+               create table public.seen (version bigint); grant all on public.seen to {SERVICE};
+               create function public.see(event nightowls.events) returns void language sql
+               begin atomic insert into public.seen values ((event).version); end;
+               select nightowls.create_table_projection('seen', 'order', 'public.seen', 'public.see')"#
+        ));
+        db.superuser().exec(
+            "create function public.no_ddl() returns event_trigger language plpgsql as $$
+             begin raise exception 'DDL: %', tg_tag using errcode = 'DD001'; end $$;
+             create event trigger no_ddl on ddl_command_start execute function public.no_ddl()",
+        );
+        assert_eq!(
+            db.superuser().refused("create table public.x ()").code,
+            "DD001"
+        );
+        let mut service = db.service();
+        let callable = lines(
+            &mut service,
+            "select distinct proname from pg_proc
+              where pronamespace = 'nightowls'::regnamespace and proname not like '\\_%'
+                and has_function_privilege(oid, 'execute') order by 1",
+        );
+        assert_eq!(
+            callable,
+            CALLS
+                .iter()
+                .map(|(name, _)| (*name).to_owned())
+                .collect::<Vec<_>>(),
+            "CALLS has one call of each function that the service may call"
+        );
+        for (_, sql) in CALLS {
+            service.exec(sql);
+        }
+        service.exec("insert into nightowls.events (aggregate_type, aggregate_id, event_type) values ('order', 'z', 'noted')");
+        assert_eq!(
+            text(
+                &mut service,
+                "select count(*) = (select count(*) from public.seen) from nightowls.events"
+            ),
+            "t"
+        );
+        db.superuser().exec("drop event trigger no_ddl");
+    });
+}
+
+#[test]
+fn row_security_off_gives_a_service_nothing_and_only_the_owner_a_restore() {
+    on_each_install(|db| {
+        default_org(db);
+        db.owner().exec(
+            r#"select nightowls.create_projection('tally', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}')"#,
+        );
+        let mut service = db.service();
+        service.exec("set row_security = off");
+        let direct = "insert into nightowls.events (aggregate_type, aggregate_id, version, event_type) values ('order', 'a', 1, 'noted')";
+        assert_eq!(service.refused(direct).code, "42501");
+        // By a function it is an append like any other, or refused; never an event without its state.
+        let _ = service.try_exec("select nightowls.append_event('order', 'a', 'noted')");
+        service.exec("reset row_security");
+        assert_eq!(
+            text(
+                &mut service,
+                "select count(*) = (select count(*) from nightowls.projection_states) from nightowls.events"
+            ),
+            "t"
+        );
+        assert_eq!(
+            service
+                .refused("update nightowls._projection_states set state = null")
+                .code,
+            "42501"
+        );
+        // The owner, as a restore does: rows as they come, and the state is exact when asked for all the same.
+        let mut owner = db.owner();
+        owner.exec("set row_security = off");
+        owner.exec("insert into nightowls.events (aggregate_type, aggregate_id, version, event_type) values ('order', 'r', 1, 'noted')");
+        owner.exec("reset row_security");
+        assert_eq!(
+            text(&mut service, "select nightowls.state('tally', 'r')"),
+            r#"{"n": 1}"#
+        );
+    });
+}
