@@ -3,11 +3,14 @@
 \set SHOW_CONTEXT never
 
 -- Of the files there are, the one with the longest history.
-select s.aggregate_id as file, s.version
-  from nightowls.projection_states s
- where s.org_id = nightowls.current_org() and s.projection = 'files' and s.state is not null
- order by s.version desc, s.aggregate_id
- limit 1
+select f.file, f.version
+  from (values (1)) one
+  left join (
+    select s.aggregate_id as file, s.version
+      from nightowls.projection_states s
+     where s.org_id = nightowls.current_org() and s.projection = 'files' and s.state is not null
+     order by s.aggregate_id like '"%', s.version desc, s.aggregate_id
+     limit 1) f on true
 \gset
 \if :{?file}
 \else

@@ -222,6 +222,9 @@ begin
            (select max(a."position") from nightowls.append_many(s.appends) a)
       from demo.staged s
      where s.no = v_no + v_done;
+    if not found then
+      raise exception 'commit % is not staged any more', v_no + v_done using hint = 'Is another run at work?';
+    end if;
     v_events := v_events + (select jsonb_array_length(s.appends) from demo.staged s where s.no = v_no + v_done);
     v_done := v_done + 1;
 

@@ -10,6 +10,14 @@ select coalesce(e.aggregate_type, 'all') as aggregate_type, e.event_type, count(
  group by grouping sets ((e.aggregate_type, e.event_type), ())
  order by e.aggregate_type nulls last, e.event_type;
 
+-- What stands in the log under another name than its path.
+select count(*) > 0 as quoted from nightowls.projection_states s where s.projection = 'files' and s.aggregate_id like '"%' \gset
+\if :quoted
+  \echo 'A path that is no UTF-8 or begins with a double quote has the id that git writes, such as "caf\\351"; one of more than'
+  \echo '1024 bytes has the id "sha256 … and its path in its events.'
+  \echo
+\endif
+
 \echo :bold'Taken in so far':off
 select to_char(r.at, 'YYYY-MM-DD HH24:MI') as at, r.commits, r.events, round(r.seconds, 1) as seconds,
        round(r.events / greatest(r.seconds, 0.001)) as "events/s"
@@ -72,7 +80,7 @@ select to_char(b.at, case :'unit' when 'hour' then 'MM-DD HH24:00' when 'month' 
        rpad(repeat(:'bar', ceil(40.0 * b.changes / greatest(b.most, 1))::int), 40) as "                                        ",
        b.changes
   from bars b
+ where b.changes > 0 or :'unit' <> 'year'
  order by b.at desc
  limit 60
 \g (tuples_only=on border=0)
-\echo

@@ -3,9 +3,7 @@
 
 use std::time::Duration;
 
-use crate::fixture::{
-    default_org, digest, is_blocked, joined, lines, new_org, org_apart_from, together,
-};
+use crate::fixture::{default_org, digest, is_blocked, joined, lines, org_apart_from, together};
 use crate::support::{Db, Refusal, SERVICE, Session, on_each_install, on_each_route, wait_until};
 
 /// An event_id, known by a number.
@@ -308,6 +306,81 @@ fn a_fence_is_refused_while_there_are_no_floors() {
             }
         }
         assert!(versions_of(db, "a").is_empty());
+    });
+}
+
+#[test]
+fn an_id_made_of_a_foreign_one_is_the_uuid_v5_that_others_make() {
+    on_each_install(|db| {
+        let mut service = db.service();
+        for (source, external, expected) in [
+            (
+                "stripe",
+                "evt_1".to_owned(),
+                "a4164b29-e067-570b-9a4a-688bb1299159",
+            ),
+            ("", String::new(), "573f14b4-fe5d-55fd-918f-5edb1103b55a"),
+            // Around the edges of SHA-1's blocks.
+            (
+                "github",
+                "x".repeat(39),
+                "c6292aac-3f84-54ca-b56a-8efabb17e899",
+            ),
+            (
+                "github",
+                "x".repeat(40),
+                "9d7e1a54-f5b4-54f2-a738-5208325971da",
+            ),
+            (
+                "github",
+                "x".repeat(47),
+                "60016b58-c575-59f4-abeb-bfbd60df6d89",
+            ),
+            (
+                "github",
+                "x".repeat(48),
+                "46987d17-4489-5b85-ba38-9de94731f39c",
+            ),
+            (
+                "ä",
+                "🦉".repeat(100),
+                "80924ebd-c750-5ea9-b910-9556569a3978",
+            ),
+        ] {
+            let made = service.value(&format!(
+                "select nightowls.event_id_for('{source}', '{external}')"
+            ));
+            assert_eq!(made.as_deref(), Some(expected), "{source} {external}");
+        }
+        for arguments in ["null, 'evt_1'", "'stripe', null"] {
+            assert_eq!(
+                service.value(&format!("select nightowls.event_id_for({arguments})")),
+                None
+            );
+        }
+    });
+}
+
+#[test]
+fn the_index_by_type_is_made_once_and_by_the_owner_only() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        let there = "select count(*) from pg_indexes where schemaname = 'nightowls' and indexdef like '%(org_id, event_type, \"position\")%'";
+        assert_eq!(owner.value(there).as_deref(), Some("0"));
+        assert_eq!(
+            db.service()
+                .refused("select nightowls.create_type_index()")
+                .code,
+            "42501"
+        );
+        for _ in 0..2 {
+            owner.exec("select nightowls.create_type_index()");
+            assert_eq!(owner.value(there).as_deref(), Some("1"));
+        }
+        db.service()
+            .exec(&append_batch("a", &[("x", Some(1)), ("y", None)], ""));
+        assert_eq!(versions_of(db, "a"), up_to(2));
     });
 }
 
@@ -1308,8 +1381,7 @@ fn plain_inserts_beside_the_functions_lose_with_23505_at_worst_and_never_break_t
 #[test]
 fn a_session_setting_left_on_a_pooled_connection_changes_no_append() {
     on_each_install(|db| {
-        let org = default_org(db);
-        let other = new_org(db, "other");
+        default_org(db);
         let mut service = db.service();
         for setting in [
             "select set_config('nightowls.held', '1|256:0|#0', false)",
@@ -1325,6 +1397,5 @@ fn a_session_setting_left_on_a_pooled_connection_changes_no_append() {
             );
         }
         assert_eq!(versions_of(db, "x"), up_to(12));
-        assert_ne!(org, other);
     });
 }

@@ -732,6 +732,60 @@ fn on_a_virgin_sequence_the_first_append_is_not_skipped() {
 }
 
 #[test]
+fn the_hold_is_as_good_where_positions_outgrow_31_and_32_bits() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut reader = db.service();
+        for edge in [1_i64 << 31, 1 << 32, 3 << 31, 5 << 32, 1 << 62] {
+            db.owner().exec(&format!(
+                "select setval('nightowls.events_position_seq', {})",
+                edge - 2
+            ));
+            // Each round one of the first three positions is that of the open append: below, at and above the edge.
+            for round in 0..3 {
+                let seen = read(&mut reader, 0).len();
+                let mut open = db.service();
+                open.exec("begin");
+                open.exec(&append(&format!("open{edge}-{round}")));
+                for late in 0..3 {
+                    db.service()
+                        .exec(&append(&format!("late{edge}-{round}-{late}")));
+                }
+                assert_eq!(read(&mut reader, 0)[seen..], NOTHING, "{edge} {round}");
+                open.exec("commit");
+                assert_eq!(read(&mut reader, 0)[seen..].len(), 4, "{edge} {round}");
+            }
+        }
+    });
+}
+
+#[test]
+fn locks_that_are_not_ours_and_appends_elsewhere_delay_nobody() {
+    on_each_install(|db| {
+        default_org(db);
+        let class = db
+            .superuser()
+            .value("select nightowls._lock_class(256)")
+            .expect("a number");
+        // The same numbers as one bigint key, and another class of the two-key kind.
+        let mut stranger = db.session(crate::support::STRANGER);
+        stranger.exec(&format!(
+            "select pg_advisory_lock({class}::bigint << 32), pg_advisory_lock(7, 0), pg_advisory_lock(0)"
+        ));
+        let elsewhere = db.cluster().database(db.install());
+        default_org(&elsewhere);
+        let mut open = elsewhere.service();
+        open.exec("begin");
+        open.exec(&insert("open"));
+
+        let mut reader = db.service();
+        db.service().exec(&append("seen"));
+        assert_eq!(read(&mut reader, 0), ["seen"]);
+        open.exec("rollback");
+    });
+}
+
+#[test]
 fn a_savepoint_rolled_back_gives_up_its_hold_and_the_next_append_takes_a_new_one() {
     on_each_install(|db| {
         default_org(db);

@@ -2,12 +2,24 @@
 //! sees it. `make test` runs it; README.md says how to run one test alone.
 
 mod api;
+mod append;
+mod append_only;
+mod bad_input;
 mod catalog;
+mod dump;
 mod errors;
+mod fixture;
 mod fold;
 mod harness;
+mod horizon;
+mod locks;
 mod migration;
 mod orm;
+mod plans;
+mod privileges;
+mod projections;
+mod read_models;
 mod readme;
 mod supabase;
 mod support;
+mod tenancy;

@@ -137,7 +137,7 @@ write_psql_command() {
 #!/bin/sh
 # psql on the demo's server: .demo/psql [database] [options of psql]; --print says the command itself.
 [ "\$1" != --print ] || { echo $(printf '%q' "$(printf '%q -h %q -p %s -U postgres' "$shown" "$socket" "$port")") "\${2:-demo}"; exit; }
-[ \$# -gt 0 ] || set -- demo
+export PGDATABASE=\${PGDATABASE:-demo}
 exec $(printf '%q -h %q -p %s -U postgres' "$psql" "$socket" "$port") "\$@"
 COMMAND
   chmod 755 "$command"

@@ -48,13 +48,14 @@ find_repository() {
   if [ -n "${REPO:-}" ]; then
     [ -d "$REPO" ] || die "REPO=$REPO is not a folder; clone the repository first"
     repo=$(cd "$REPO" && pwd)
-    read_git rev-parse --git-dir >/dev/null 2>&1 || die "REPO=$REPO is not a git repository"
+    read_git rev-parse --git-dir >/dev/null || die "REPO=$REPO is not a git repository that can be read"
     read_git rev-parse --quiet --verify 'HEAD^{commit}' >/dev/null || die "REPO=$REPO has no commits yet"
+    repo=$(read_git rev-parse --show-toplevel 2>/dev/null || printf '%s\n' "$repo")
     about=$repo
   else
-    repo=$root
+    repo=$(cd "$root" && pwd -P)
     about="this repository"
-    if [ "$(read_git rev-parse --show-toplevel 2>/dev/null)" != "$(cd "$root" && pwd -P)" ] ||
+    if [ "$(read_git rev-parse --show-toplevel 2>/dev/null)" != "$repo" ] ||
       ! read_git rev-parse --quiet --verify 'HEAD^{commit}' >/dev/null; then
       repo=$home/recorded.git
       about="a small recorded history (there is no git history here; REPO=path names one)"
@@ -74,7 +75,7 @@ find_repository() {
 
 # The database for a repository: demo, or demo_<name of its folder>.
 database_for() {
-  if [ "$repo" = "$root" ] || [ "$repo" = "$home/recorded.git" ]; then
+  if [ "$repo" = "$(cd "$root" && pwd -P)" ] || [ "$repo" = "$home/recorded.git" ]; then
     printf 'demo\n'
     return
   fi
@@ -107,7 +108,7 @@ make_database() {
     known=$(value 'select count(*) from demo.commits')
     last=$(value 'select commit from demo.commits order by no desc limit 1')
     if [ "$known" -gt 0 ] && [ "$(commit_at "$known")" != "$last" ]; then
-      why='the history is another one than last time'
+      why='what was taken in last time is not in this history'
     elif [ "$(value "$strangers")" = t ]; then
       why='there are file events that git did not bring'
     fi
@@ -193,13 +194,13 @@ compare() {
   sql -At -c "$query" | LC_ALL=C sort >"$home/projected.list"
   count=$(wc -l <"$home/git.list")
   if cmp -s "$home/git.list" "$home/projected.list"; then
-    printf '  %s=%s %-44s %9s files  %s%s%s\n' "$green" "$off" "$what" "$(commas "$count")" \
+    printf '  %s=%s %-52s %9s files  %s%s%s\n' "$green" "$off" "$what" "$(commas "$count")" \
       "$dim" "$(sha256sum <"$home/git.list" | cut -c 1-16)" "$off"
     return
   fi
   printf '  %sNOT EQUAL%s: %s\n' "$red" "$off" "$what" >&2
   printf '  git ls-tree -r %s says (-), the projection says (+):\n' "$id" >&2
-  diff --unified=0 --label git --label projection "$home/git.list" "$home/projected.list" | sed -n '3,22p' >&2 || true
+  diff --unified=0 "$home/git.list" "$home/projected.list" | sed -n 's/^[-+][0-9]/    &/p' | head -n 20 >&2 || true
   die "the projection is not what git says ($home/git.list and $home/projected.list are the listings)"
 }
 
@@ -228,11 +229,13 @@ prove() {
 
 tour() {
   sql -v "bar=$bar" -P "linestyle=$lines" -P border=1 -P footer=off -P pager=off -P null=- \
-    -v "bold=$bold" -v "off=$off" -f "$root/demo/$1" 2>&1 | sed -E -e '/^LOCATION: /d' -e 's/^psql:[^ ]+:[0-9]+: //' -e 's/^./  &/'
+    -v "bold=$bold" -v "off=$off" -f "$root/demo/$1" 2>&1 |
+    sed -u -E -e '/^LOCATION: /d' -e 's/^psql:[^ ]+:[0-9]+: //' -e 's/^./  &/' || die "something above is not as it should be (demo/$1)"
 }
 
 say 'set-up (installs what is missing, builds)'
 "$root/scripts/setup.sh" demo
+command -v git >/dev/null || die 'git is needed, and it could not be installed'
 bin=$("$root/scripts/server.sh" tree)
 find_psql
 make_home

@@ -128,6 +128,9 @@ add_vector() {
   rm -rf "$scratch"
 }
 
+built=
+trap 'if [ -n "$built" ]; then rm -rf "$built"; fi' EXIT
+
 # Builds the library and the extension's files for one server into a folder.
 build() {
   local pg_config=$1 folder=$2 major
@@ -172,7 +175,7 @@ locked() {
 }
 
 tree() {
-  local major=$1 pg_config bin built
+  local major=$1 pg_config bin
   locked
   pg_config=$(find_pg_config "$major") || die "no PostgreSQL $major with its headers found (PG_CONFIG=/path names one)"
   if [ "$pg_config" = "$servers/$major/bin/pg_config" ]; then
@@ -184,12 +187,11 @@ tree() {
   built=$(mktemp -d)
   build "$pg_config" "$built"
   place_all "$built" "$("$bin/pg_config" --pkglibdir)" "$("$bin/pg_config" --sharedir)"
-  rm -rf "$built"
   printf '%s\n' "$bin"
 }
 
 install_into_server() {
-  local pg_config=${PG_CONFIG:-} built pkglibdir sharedir
+  local pg_config=${PG_CONFIG:-} pkglibdir sharedir
   locked
   [ -n "$pg_config" ] || pg_config=$(find_pg_config "$(default_version)")
   has_headers "$pg_config" || die "$pg_config has no server headers: install postgresql-server-dev-$(major_of "$pg_config")"
@@ -198,7 +200,6 @@ install_into_server() {
   built=$(mktemp -d)
   build "$pg_config" "$built"
   place_all "$built" "$pkglibdir" "$sharedir" || die "could not write to $pkglibdir and $sharedir/extension (as root?)"
-  rm -rf "$built"
   note "installed nightowls $version in $pkglibdir and $sharedir/extension"
   note 'in a database: create extension nightowls'
 }

@@ -109,6 +109,7 @@ version_of() { # <program>: its version in a word, or nothing
   printf '\nran for %s on %s, %s cores\n' "$(elapsed)" "$(. /etc/os-release && echo "$PRETTY_NAME")" "$(nproc)"
   printf '  servers   PostgreSQL %s\n' "$(IFS=,; echo "${servers[*]:-none}" | sed 's/,/, /g')"
   printf '  installs  extension (library), plain (migrations, owner is no superuser)\n'
+  printf '  routes    direct%s\n' "$([ -z "$(version_of pgbouncer)" ] || echo ', PgBouncer in transaction mode')"
   printf '  tools     rustc %s' "$(version_of rustc)"
   for tool in pgbouncer node npm python3; do
     found=$(version_of "$tool") || true

@@ -180,40 +180,46 @@ create function nightowls._hold(class int)
 as $$
 #variable_conflict use_column
 declare
-  v_xid   text := pg_current_xact_id()::text || '|';
-  v_held  text := current_setting('nightowls.held', true);
-  v_class int := _hold.class;
-  v_last  bigint;
+  -- Never null, also on a sequence nobody has drawn from yet: lower than the truth does no harm.
+  v_last bigint := coalesce(pg_sequence_last_value('nightowls.events_position_seq'::regclass), 0);
+  v_held text;
+  v_mark bigint;
 begin
-  if v_held is null or not starts_with(v_held, v_xid) then
-    v_held := v_xid || '#0';
-  elsif v_held ~ ('[|](256|' || v_class || '):') then
-    return false;
-  elsif length(v_held) - length(replace(v_held, ':', '')) >= 32 then
-    v_class := 256;
+  if starts_with(current_setting('nightowls.held', true), pg_current_xact_id()::text || '|') then
+    v_held := current_setting('nightowls.held', true);
+    if strpos(v_held, '|256:') > 0 or length(v_held) - length(replace(v_held, ':', '')) >= 32 then
+      _hold.class := 256;
+    end if;
+    v_mark := nullif(split_part(split_part(v_held, '|' || _hold.class || ':', 2), '|', 1), '')::bigint;
+    if v_mark <= v_last then
+      -- Asked for again, which costs nothing when it is held: a setting can be forged, a lock cannot.
+      return pg_advisory_xact_lock_shared(nightowls._lock_class(_hold.class), nightowls._lock_key(v_mark)) is not null;
+    end if;
+    v_held := replace(v_held, '#', _hold.class || ':' || v_last || '|#');
   end if;
-  -- Never null, also on a sequence nobody has drawn from yet. Lower than the truth would do no harm.
-  v_last := coalesce(pg_sequence_last_value('nightowls.events_position_seq'::regclass), 0);
-  return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(v_last)) is not null
-     and set_config('nightowls.held', replace(v_held, '#', v_class || ':' || v_last || '|#'), true) is not null;
+  return pg_advisory_xact_lock_shared(nightowls._lock_class(_hold.class), nightowls._lock_key(v_last)) is not null
+     and set_config('nightowls.held',
+                    coalesce(v_held, concat(pg_current_xact_id()::text, '|', _hold.class, ':', v_last, '|#0')), true) <> '';
 end;
 $$;
 
 revoke all on function nightowls._hold(int) from public;
 
 -- Before a direct insert, of whatever org: held against all. Our functions have taken the hold of their org.
+-- Like the other triggers of events it pins no search_path, as our functions' inserts pay for it too: it names
+-- nothing that is not qualified, operators included.
 create function nightowls._before_insert()
   returns trigger
   language plpgsql
   volatile
   parallel unsafe
-  set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 begin
-  if not nightowls._is_append() then
-    perform nightowls._hold(256);
+  if nightowls._is_append() then
+    return null;
   end if;
+  perform nightowls._hold(256);
   return null;
 end;
 $$;
@@ -286,8 +292,8 @@ revoke all on function nightowls._safe_position(uuid, bigint) from public;
 -- A direct insert may leave the version out. Writers to one aggregate take turns: up to 60 aggregates a transaction by
 -- a lock each, beyond that by one for the org, as the lock table is the whole server's.
 -- Definer: it draws positions.
-create function nightowls._next_version()
-  returns trigger
+create function nightowls._fill_version(event nightowls.events)
+  returns nightowls.events
   language plpgsql
   volatile
   parallel unsafe
@@ -307,25 +313,43 @@ declare
   v_position bigint;
 begin
   if v_count < 60 then
-    perform pg_advisory_xact_lock_shared(nightowls._lock_class(258), uuid_hash(new.org_id));
+    perform pg_advisory_xact_lock_shared(nightowls._lock_class(258), uuid_hash(_fill_version.event.org_id));
     perform pg_advisory_xact_lock(
       nightowls._lock_class(257),
-      hashtext(new.org_id::text || '/' || new.aggregate_type || '/' || new.aggregate_id));
+      hashtext(_fill_version.event.org_id::text || '/' || _fill_version.event.aggregate_type || '/'
+               || _fill_version.event.aggregate_id));
     perform set_config('nightowls.held', split_part(v_held, '#', 1) || '#' || v_count + 1, true);
   else
-    perform pg_advisory_xact_lock(nightowls._lock_class(258), uuid_hash(new.org_id));
+    perform pg_advisory_xact_lock(nightowls._lock_class(258), uuid_hash(_fill_version.event.org_id));
   end if;
   select e.version, e."position" into v_head, v_position
     from nightowls.events e
-   where e.org_id = new.org_id
-     and e.aggregate_type = new.aggregate_type
-     and e.aggregate_id = new.aggregate_id
+   where e.org_id = _fill_version.event.org_id
+     and e.aggregate_type = _fill_version.event.aggregate_type
+     and e.aggregate_id = _fill_version.event.aggregate_id
    order by e.version desc
    limit 1;
-  new.version := coalesce(v_head, 0) + 1;
-  if v_position >= new."position" then
+  _fill_version.event.version := coalesce(v_head, 0) + 1;
+  if v_position >= _fill_version.event."position" then
     -- Ours was drawn before the turn was ours: versions must rise with positions.
-    new."position" := nextval('nightowls.events_position_seq');
+    _fill_version.event."position" := nextval('nightowls.events_position_seq');
+  end if;
+  return _fill_version.event;
+end;
+$$;
+
+revoke all on function nightowls._fill_version(nightowls.events) from public;
+
+create function nightowls._next_version()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+as $$
+#variable_conflict use_column
+begin
+  if new.version is null then
+    new := nightowls._fill_version(new);
   end if;
   return new;
 end;
@@ -333,9 +357,78 @@ $$;
 
 revoke all on function nightowls._next_version() from public;
 
+-- No "when": its expression is read anew by every insert, which costs more than the call.
 create trigger t15_next_version
   before insert on nightowls.events
-  for each row when (new.version is null) execute function nightowls._next_version();
+  for each row execute function nightowls._next_version();
+
+create function nightowls._refuse_depth()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'payload or metadata is nested too deeply'
+    using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_depth() from public;
+
+create function nightowls._refuse_size()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'payload or metadata is too large'
+    using errcode = 'program_limit_exceeded', detail = 'At most 16777216 bytes are kept.',
+          hint = 'Store the large part elsewhere and append a reference to it.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_size() from public;
+
+-- Whether a JSON value has more than 100 levels of objects and arrays.
+create function nightowls._is_too_deep(value jsonb)
+  returns boolean
+  language sql
+  immutable
+  parallel safe
+  return jsonb_path_exists(value, 'strict $.**{100} ? (@.type() == "object" || @.type() == "array")');
+
+revoke all on function nightowls._is_too_deep(jsonb) from public;
+
+-- Whether a JSON value has more than 16 MB; one that comes compressed is measured as text.
+create function nightowls._is_too_large(value jsonb)
+  returns boolean
+  language sql
+  immutable
+  parallel safe
+  return pg_column_size(value) > 16777216
+      or pg_column_compression(value) is not null and octet_length(value::text) > 16777216;
+
+revoke all on function nightowls._is_too_large(jsonb) from public;
+
+-- What is wrong with an event's payload or metadata: null if nothing is.
+create function nightowls._body_fault(payload jsonb, metadata jsonb)
+  returns text
+  language sql
+  immutable
+  parallel safe
+  return case
+    when nightowls._is_too_large(payload) or nightowls._is_too_large(metadata) then 'large'
+    when nightowls._is_too_deep(payload) or nightowls._is_too_deep(metadata) then 'deep'
+    when jsonb_typeof(metadata) <> 'object' then 'metadata'
+  end;
+
+revoke all on function nightowls._body_fault(jsonb, jsonb) from public;
 
 -- Refuses a direct insert that breaks the log's rules; our functions keep them by their making.
 -- Definer: orgs and the sequence are closed to those who append.
@@ -345,7 +438,8 @@ create function nightowls._check_append(
   aggregate_ids   text[],
   versions        bigint[],
   positions       bigint[],
-  event_types     text[]
+  event_types     text[],
+  body_fault      text
 )
   returns void
   language plpgsql
@@ -368,6 +462,17 @@ declare
   v_id     text;
   v_number bigint;
 begin
+  case _check_append.body_fault
+  when 'deep' then
+    perform nightowls._refuse_depth();
+  when 'large' then
+    perform nightowls._refuse_size();
+  when 'metadata' then
+    raise exception 'metadata must be a JSON object' using errcode = 'invalid_parameter_value';
+  else
+    null;
+  end case;
+
   -- Each row's predecessor must be there, at a lower position: with the unique keys this makes versions
   -- 1, 2, 3 … in the order of positions. Scalar subqueries, so that the plan is an index probe a row, always.
   select max(f.fault)
@@ -432,50 +537,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._check_append(uuid, text[], text[], bigint[], bigint[], text[]) from public;
-
-create function nightowls._refuse_depth()
-  returns void
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-begin
-  raise exception 'payload or metadata is nested too deeply'
-    using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
-end;
-$$;
-
-revoke all on function nightowls._refuse_depth() from public;
-
-create function nightowls._refuse_size()
-  returns void
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-begin
-  raise exception 'payload or metadata is too large'
-    using errcode = 'program_limit_exceeded', detail = 'At most 16777216 bytes are kept.',
-          hint = 'Store the large part elsewhere and append a reference to it.';
-end;
-$$;
-
-revoke all on function nightowls._refuse_size() from public;
-
--- Whether a JSON value has more than 100 levels of objects and arrays.
-create function nightowls._is_too_deep(value jsonb)
-  returns boolean
-  language sql
-  immutable
-  parallel safe
-  return jsonb_path_exists(value, 'strict $.**{100} ? (@.type() == "object" || @.type() == "array")');
-
-revoke all on function nightowls._is_too_deep(jsonb) from public;
+revoke all on function nightowls._check_append(uuid, text[], text[], bigint[], bigint[], text[], text) from public;
 
 -- What follows an append, for the events of one org: keeps reducer projections, and returns whether handlers wait, which
 -- the caller must call as itself. A function of its own, so that it can be called where triggers cannot run.
@@ -520,40 +582,31 @@ create function nightowls._after_insert()
   language plpgsql
   volatile
   parallel unsafe
-  set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
-  v_org       uuid;
-  v_types     text[];
-  v_ids       text[];
-  v_versions  bigint[];
-  v_positions bigint[];
-  v_kinds     text[];
+  v_org  uuid;
+  v_rows record;
 begin
   if nightowls._is_append() then
     return null;
-  elsif current_setting('row_security') = 'off' and nightowls._is_restoring() then
+  elsif nightowls._is_restoring() then
     -- What was projected and sent before the dump is not to be done again.
     return null;
   end if;
 
-  if exists (select from inserted n where nightowls._is_too_deep(n.payload) or nightowls._is_too_deep(n.metadata)) then
-    perform nightowls._refuse_depth();
-  elsif exists (select from inserted n where greatest(pg_column_size(n.payload), pg_column_size(n.metadata)) > 16777216) then
-    perform nightowls._refuse_size();
-  end if;
-
-  -- No statement below touches two orgs.
+  -- No statement of what follows touches two orgs.
   foreach v_org in array array(select distinct n.org_id from inserted n) loop
-    select array_agg(n.aggregate_type), array_agg(n.aggregate_id), array_agg(n.version),
-           array_agg(n."position"), array_agg(n.event_type)
-      into v_types, v_ids, v_versions, v_positions, v_kinds
+    select pg_catalog.array_agg(n.aggregate_type) as types, pg_catalog.array_agg(n.aggregate_id) as ids,
+           pg_catalog.array_agg(n.version) as versions, pg_catalog.array_agg(n."position") as positions,
+           pg_catalog.array_agg(n.event_type) as kinds,
+           pg_catalog.max(nightowls._body_fault(n.payload, n.metadata)) as fault
+      into v_rows
       from inserted n
-     where n.org_id = v_org;
-    perform nightowls._check_append(v_org, v_types, v_ids, v_versions, v_positions, v_kinds);
-    if nightowls._after_append(v_org, v_types, v_ids) then
-      perform nightowls._call_handlers(v_org, v_types, v_positions);
+     where n.org_id operator(pg_catalog.=) v_org;
+    perform nightowls._check_append(v_org, v_rows.types, v_rows.ids, v_rows.versions, v_rows.positions, v_rows.kinds, v_rows.fault);
+    if nightowls._after_append(v_org, v_rows.types, v_rows.ids) then
+      perform nightowls._call_handlers(v_org, v_rows.types, v_rows.positions);
     end if;
   end loop;
   return null;

@@ -116,8 +116,8 @@ $$;
 
 revoke all on function nightowls._refuse_no_org(uuid) from public;
 
--- Says what is wrong with the arguments of _append_one.
-create function nightowls._refuse_append(
+-- Says what is wrong with the arguments of _append_one, if anything is.
+create function nightowls._check_append_arguments(
   aggregate_type   text,
   aggregate_id     text,
   event_type       text,
@@ -133,23 +133,29 @@ create function nightowls._refuse_append(
 as $$
 #variable_conflict use_column
 begin
-  if _refuse_append.payload is null then
+  if _check_append_arguments.payload is null then
     raise exception 'payload must not be null'
       using errcode = 'null_value_not_allowed', hint = 'Leave it out for an empty payload.';
-  elsif _refuse_append.expected_version < -1 then
+  elsif _check_append_arguments.expected_version < -1 then
     raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
-  elsif jsonb_typeof(_refuse_append.metadata) <> 'object' then
+  elsif jsonb_typeof(_check_append_arguments.metadata) <> 'object' then
     raise exception 'metadata must be a JSON object' using errcode = 'invalid_parameter_value';
-  elsif nightowls._is_too_deep(_refuse_append.payload) or nightowls._is_too_deep(_refuse_append.metadata) then
-    perform nightowls._refuse_depth();
-  elsif greatest(pg_column_size(_refuse_append.payload), pg_column_size(_refuse_append.metadata)) > 16777216 then
+  elsif nightowls._is_too_large(_check_append_arguments.payload)
+     or nightowls._is_too_large(_check_append_arguments.metadata) then
     perform nightowls._refuse_size();
+  elsif nightowls._is_too_deep(_check_append_arguments.payload) or nightowls._is_too_deep(_check_append_arguments.metadata) then
+    perform nightowls._refuse_depth();
   end if;
-  perform nightowls._refuse_names(_refuse_append.aggregate_type, _refuse_append.aggregate_id, _refuse_append.event_type);
+  if (octet_length(_check_append_arguments.aggregate_type) between 1 and 255
+      and octet_length(_check_append_arguments.aggregate_id) between 1 and 1024
+      and octet_length(_check_append_arguments.event_type) between 1 and 255) is not true then
+    perform nightowls._refuse_names(_check_append_arguments.aggregate_type, _check_append_arguments.aggregate_id,
+                                    _check_append_arguments.event_type);
+  end if;
 end;
 $$;
 
-revoke all on function nightowls._refuse_append(text, text, text, jsonb, bigint, jsonb) from public;
+revoke all on function nightowls._check_append_arguments(text, text, text, jsonb, bigint, jsonb) from public;
 
 -- The append itself. One statement finds the head, holds it against the expectation, inserts, and looks whether anything
 -- is to follow. The head comes from the key, not from a counter row: that stays fast while old snapshots are open. The
@@ -165,6 +171,8 @@ create function nightowls._append_one(
   expected_version bigint,
   event_id         uuid,
   metadata         jsonb,
+  container        text,
+  fence            bigint,
   out "position"   bigint,
   out version      bigint,
   out handled      boolean
@@ -176,16 +184,11 @@ create function nightowls._append_one(
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
   set enable_sort to off
-  set enable_bitmapscan to off
   set plan_cache_mode to force_generic_plan
-  set jit to off
 as $$
 #variable_conflict use_column
 declare
-  v_class int  := nightowls._org_class(_append_one.org);
-  v_xid   text := pg_current_xact_id()::text || '|';
-  v_door  text   := coalesce(current_setting('nightowls.door', true), '');
-  v_held  text;
+  v_door  text := coalesce(current_setting('nightowls.door', true), '');
   v_known nightowls.events;
   v_head  bigint;
   v_lost  bigint;
@@ -194,13 +197,16 @@ begin
   if (octet_length(_append_one.aggregate_type) between 1 and 255
       and octet_length(_append_one.aggregate_id) between 1 and 1024
       and octet_length(_append_one.event_type) between 1 and 255
-      and greatest(pg_column_size(_append_one.payload), pg_column_size(_append_one.metadata)) <= 16777216
-      and not nightowls._is_too_deep(_append_one.payload)
+      and not nightowls._is_too_large(_append_one.payload) and not nightowls._is_too_deep(_append_one.payload)
       and (_append_one.metadata is null
-           or jsonb_typeof(_append_one.metadata) = 'object' and not nightowls._is_too_deep(_append_one.metadata))
-      and (_append_one.expected_version is null or _append_one.expected_version >= -1)) is not true then
-    perform nightowls._refuse_append(_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type,
-                                     _append_one.payload, _append_one.expected_version, _append_one.metadata);
+           or jsonb_typeof(_append_one.metadata) = 'object'
+              and not nightowls._is_too_large(_append_one.metadata) and not nightowls._is_too_deep(_append_one.metadata))
+      and (_append_one.expected_version is null or _append_one.expected_version >= -1)
+      and _append_one.container is null and _append_one.fence is null) is not true then
+    perform nightowls._check_append_arguments(
+      _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
+      _append_one.expected_version, _append_one.metadata);
+    perform nightowls._assert_fence(_append_one.org, _append_one.container, _append_one.fence);
   end if;
 
   loop
@@ -225,11 +231,7 @@ begin
       end if;
     end if;
 
-    v_held := current_setting('nightowls.held', true);
-    if v_held is null or not starts_with(v_held, v_xid) or v_held !~ ('[|](256|' || v_class || '):') then
-      v_done := nightowls._hold(v_class);
-    end if;
-    v_done := nightowls._open_door('append') is null;
+    v_done := nightowls._hold(nightowls._org_class(_append_one.org)) and nightowls._open_door('append') <> '';
     insert into nightowls.events as e
            (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
     select o.org_id, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
@@ -278,7 +280,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._append_one(uuid, text, text, text, jsonb, bigint, uuid, jsonb) from public;
+revoke all on function nightowls._append_one(uuid, text, text, text, jsonb, bigint, uuid, jsonb, text, bigint) from public;
 
 create function nightowls.append_event(
   aggregate_type   text,
@@ -300,18 +302,16 @@ create function nightowls.append_event(
 as $$
 #variable_conflict use_column
 declare
-  v_org  uuid := nightowls.current_org(append_event.org);
   v_done record;
 begin
-  if append_event.container is not null or append_event.fence is not null then
-    perform nightowls._assert_fence(v_org, append_event.container, append_event.fence);
-  end if;
   v_done := nightowls._append_one(
-    v_org, append_event.aggregate_type, append_event.aggregate_id, append_event.event_type, append_event.payload,
-    append_event.expected_version, append_event.event_id, append_event.metadata);
+    nightowls._caller_org(append_event.org), append_event.aggregate_type, append_event.aggregate_id, append_event.event_type,
+    append_event.payload, append_event.expected_version, append_event.event_id, append_event.metadata,
+    append_event.container, append_event.fence);
   if v_done.handled then
     -- Handlers are user code and run as the one who appends.
-    perform nightowls._call_handlers(v_org, array[append_event.aggregate_type], array[v_done."position"]);
+    perform nightowls._call_handlers(nightowls.current_org(append_event.org), array[append_event.aggregate_type],
+                                     array[v_done."position"]);
   end if;
   return (v_done."position", v_done.version)::nightowls.append_result;
 end;
@@ -545,7 +545,7 @@ begin
                  end as fault,
                  octet_length(u.e ->> 'event_type') > 255 as long,
                  nightowls._is_too_deep(u.e -> 'payload') or nightowls._is_too_deep(u.e -> 'metadata') as deep,
-                 greatest(pg_column_size(u.e -> 'payload'), pg_column_size(u.e -> 'metadata')) > 16777216 as large
+                 nightowls._is_too_large(u.e -> 'payload') or nightowls._is_too_large(u.e -> 'metadata') as large
             from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)) x;
   if v_fault is not null then
     raise exception '% is not valid: %', _parse_events.path, v_fault
@@ -654,11 +654,9 @@ begin
                  case
                    when jsonb_typeof(u.a) <> 'object' then 'is not an object'
                    when jsonb_typeof(u.a -> 'aggregate_type') is distinct from 'string' then 'has no aggregate_type'
-                   when octet_length(u.a ->> 'aggregate_type') not between 1 and 255
-                     then 'has an aggregate_type that is not 1 to 255 bytes long'
+                   when u.a ->> 'aggregate_type' = '' then 'has an empty aggregate_type'
                    when jsonb_typeof(u.a -> 'aggregate_id') is distinct from 'string' then 'has no aggregate_id'
-                   when octet_length(u.a ->> 'aggregate_id') not between 1 and 1024
-                     then 'has an aggregate_id that is not 1 to 1024 bytes long'
+                   when u.a ->> 'aggregate_id' = '' then 'has an empty aggregate_id'
                    when jsonb_typeof(u.a -> 'events') is distinct from 'array' or u.a -> 'events' = '[]'
                      then 'has no events: a JSON array of at least one'
                    when jsonb_typeof(u.a -> 'expected_version') not in ('number', 'null')
@@ -675,6 +673,10 @@ begin
             hint = 'An append is {"aggregate_type": text, "aggregate_id": text, "events": […], "expected_version": number or null}.';
   end if;
 
+  if exists (select from unnest(v_types, v_ids) as a (aggregate_type, aggregate_id)
+              where octet_length(a.aggregate_type) > 255 or octet_length(a.aggregate_id) > 1024) then
+    perform nightowls._refuse_names(repeat('x', 256), 'any', 'any');
+  end if;
   select format('%s "%s"', a.aggregate_type, a.aggregate_id) into v_twice
     from unnest(v_types, v_ids) as a (aggregate_type, aggregate_id)
    group by a.aggregate_type, a.aggregate_id

@@ -151,9 +151,16 @@ begin
     select p.name, p.generation, a.aggregate_id, o.ctid as replaced, f.version, f."position", f.state
       from (select distinct u.aggregate_type collate "C" as aggregate_type, u.aggregate_id collate "C" as aggregate_id
               from unnest(_project.aggregate_types, _project.aggregate_ids) as u (aggregate_type, aggregate_id)) a
-      join nightowls.routes r
-        on r.org_id = _project.org and r.aggregate_type = a.aggregate_type and r.kind = 'reducer'
-      join nightowls.projections p on p.org_id = _project.org and p.name = r.name
+     cross join lateral (
+             select x.name
+               from nightowls.routes x
+              where x.org_id = _project.org and x.aggregate_type = a.aggregate_type and x.kind = 'reducer'
+             offset 0) r
+     cross join lateral (
+             select x.name, x.generation, x.reducer
+               from nightowls.projections x
+              where x.org_id = _project.org and x.name = r.name
+             offset 0) p
       left join lateral (
              select s.ctid, s.version, s.state
                from nightowls._projection_states s

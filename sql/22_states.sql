@@ -724,39 +724,35 @@ begin
     raise exception 'sample must be 1 or more' using errcode = 'invalid_parameter_value';
   end if;
 
-  return query
-    with heads as (
-      select e.aggregate_id, max(e.version) as version
-        from nightowls.events e
-       where e.org_id = v_org and e.aggregate_type = v_projection.aggregate_type
-       group by e.aggregate_id
-    ), stored as (
-      select x.aggregate_id, max(x.version) as version
-        from nightowls._projection_states x
-       where x.org_id = v_org and x.projection = v_projection.name and x.generation = v_projection.generation
-       group by x.aggregate_id
-    ), chosen as (
-      select coalesce(h.aggregate_id, s.aggregate_id) as aggregate_id, h.version, s.version as stored
-        from heads h
-        full join stored s on s.aggregate_id = h.aggregate_id
-       order by case when verify_projection.sample is not null then random() end
-       limit verify_projection.sample
-    ), compared as materialized (
-      select c.aggregate_id, c.version, c.stored,
-             nightowls._state(v_projection, c.aggregate_id, null) as state,
-             case when c.version is not null then nightowls._replay(v_projection, c.aggregate_id, c.version) end as replayed
-        from chosen c
-    )
-    select c.aggregate_id::text, c.version, c.state, c.replayed
-      from compared c
-     where c.state::text is distinct from c.replayed::text
-        or c.stored > c.version
-     order by c.aggregate_id;
+  -- What is stored at a version is held against the replay up to that version, which nobody can change any more; the
+  -- head is read after it, so that an append in between is no difference.
+  for aggregate_id, version in
+    select x.aggregate_id, max(x.version)
+      from nightowls._projection_states x
+     where x.org_id = v_org and x.projection = v_projection.name and x.generation = v_projection.generation
+     group by x.aggregate_id
+     order by case when verify_projection.sample is not null then random() end, x.aggregate_id
+     limit verify_projection.sample
+  loop
+    select x.state into state
+      from nightowls._projection_states x
+     where x.org_id = v_org and x.projection = v_projection.name and x.generation = v_projection.generation
+       and x.aggregate_id = verify_projection.aggregate_id and x.version = verify_projection.version;
+    continue when not found; -- Replaced meanwhile.
+    replayed := nightowls._replay(v_projection, aggregate_id, version);
+    if state::text is distinct from replayed::text or not exists (
+         select from nightowls.events e
+          where e.org_id = v_org and e.aggregate_type = v_projection.aggregate_type
+            and e.aggregate_id = verify_projection.aggregate_id and e.version = verify_projection.version) then
+      return next;
+    end if;
+  end loop;
 end;
 $$;
 
 comment on function nightowls.verify_projection(text, int, uuid) is
-  'Compares states with a full replay of their events and returns every aggregate whose state differs, with both; no rows is good. '
+  'Compares each stored state with a full replay of its events and returns every aggregate whose state differs, with both and the '
+  'version they are of; no rows is good. '
   'name: the projection; sample: how many aggregates to look at, chosen at random, null for all; org: the tenant. Locks nothing. '
   'Raises NW007 if the projection does not exist, 22023 for one that keeps no states or a sample below 1, NW010 if there is no org.';
 

@@ -27,8 +27,13 @@ begin
   if v_target is null then
     raise exception 'table "%" does not exist', left(create_table_projection.target, 128)
       using errcode = 'undefined_table', hint = 'Give schema.table.';
-  elsif (select c.relkind from pg_class c where c.oid = v_target) not in ('r', 'p') then
-    raise exception '"%" is not a table', v_target using errcode = 'wrong_object_type';
+  elsif not exists (
+          select from pg_class c
+           where c.oid = v_target and c.relkind = 'r' and not c.relispartition and not c.relhassubclass
+             and c.relnamespace not in (select n.oid from pg_namespace n
+                                         where n.nspname in ('nightowls', 'pg_catalog', 'information_schema'))) then
+    raise exception '"%" cannot be a projection''s table', v_target
+      using errcode = 'wrong_object_type', detail = 'It must be an ordinary table of the user''s, without partitions or children.';
   end if;
 
   v_definition.org_id := v_org;

@@ -206,7 +206,28 @@ impl Cluster {
             .unwrap_or_else(|refusal| panic!("{sql}: {refusal}"));
     }
 
+    /// The extension comes from the server's files, the plain install from this
+    /// build: a test of both says nothing unless they have one source.
+    fn has_this_build(&self) -> Result<(), String> {
+        let folder = self.output_of("pg_config", &["--sharedir"])?;
+        let script = Path::new(folder.trim())
+            .join("extension")
+            .join(format!("nightowls--{}.sql", migration::VERSION));
+        match fs::read_to_string(&script) {
+            Ok(text) if text.trim() == migration::extension_script().trim() => Ok(()),
+            Ok(_) => Err(format!(
+                "{} is of another build: run scripts/server.sh tree {}",
+                script.display(),
+                self.major()
+            )),
+            Err(error) => Err(format!("{}: {error}", script.display())),
+        }
+    }
+
     fn make_template(&self, install: Install) -> Result<(), String> {
+        if install == Install::Extension {
+            self.has_this_build()?;
+        }
         let name = template(install);
         let owner = install.owner();
         let session = |database: &str, role: &str| {

@@ -30,29 +30,29 @@ comment on function nightowls.fold_state(jsonb, jsonb, jsonb) is
 
 revoke all on function nightowls.fold_state(jsonb, jsonb, jsonb) from public;
 
-create function nightowls._fold_final(progress internal)
+create function nightowls._fold_end(progress internal)
   returns jsonb
   language c
   immutable
   strict
   parallel safe
-as 'MODULE_PATHNAME', 'fold_final_wrapper';
+as 'MODULE_PATHNAME', 'fold_end_wrapper';
 
-revoke all on function nightowls._fold_final(internal) from public;
+revoke all on function nightowls._fold_end(internal) from public;
 
-create function nightowls._fold_event_step(progress internal, reducer jsonb, event nightowls.events)
+create function nightowls._fold_events_step(progress internal, reducer jsonb, event nightowls.events)
   returns internal
   language c
   immutable
   parallel safe
-as 'MODULE_PATHNAME', 'fold_event_step_wrapper';
+as 'MODULE_PATHNAME', 'fold_events_step_wrapper';
 
-revoke all on function nightowls._fold_event_step(internal, jsonb, nightowls.events) from public;
+revoke all on function nightowls._fold_events_step(internal, jsonb, nightowls.events) from public;
 
 create aggregate nightowls.fold_events(reducer jsonb, event nightowls.events) (
-  sfunc = nightowls._fold_event_step,
+  sfunc = nightowls._fold_events_step,
   stype = internal,
-  finalfunc = nightowls._fold_final,
+  finalfunc = nightowls._fold_end,
   parallel = safe
 );
 
@@ -66,7 +66,7 @@ revoke all on function nightowls.fold_events(jsonb, nightowls.events) from publi
 
 -- Folds one event. The first call starts the progress at base, where null is a
 -- tombstone.
-create function nightowls._fold_step(
+create function nightowls._fold_rows_step(
   progress       internal,
   reducer        jsonb,
   base           jsonb,
@@ -86,7 +86,7 @@ create function nightowls._fold_step(
   parallel safe
 as 'MODULE_PATHNAME', 'fold_rows_step_wrapper';
 
-revoke all on function nightowls._fold_step(
+revoke all on function nightowls._fold_rows_step(
   internal, jsonb, jsonb, text, text, text, bigint, bigint, uuid, timestamptz, jsonb, jsonb) from public;
 
 -- Folds one row, given column by column, into base.
@@ -126,9 +126,9 @@ create aggregate nightowls._fold_rows(
   payload        jsonb,
   metadata       jsonb
 ) (
-  sfunc = nightowls._fold_step,
+  sfunc = nightowls._fold_rows_step,
   stype = internal,
-  finalfunc = nightowls._fold_final,
+  finalfunc = nightowls._fold_end,
   parallel = safe
 );
 

@@ -211,7 +211,7 @@ unsafe fn base(base: Option<pg_sys::Datum>) -> Result<State, ErrorReport> {
 /// As [`fold_rows_step`]; also 22023 if the reducer is not valid or changes, 22004
 /// if it is null.
 #[pg_extern(sql = false)]
-fn fold_event_step(fcinfo: pg_sys::FunctionCallInfo) -> Result<Internal, ErrorReport> {
+fn fold_events_step(fcinfo: pg_sys::FunctionCallInfo) -> Result<Internal, ErrorReport> {
     // SAFETY: declared as (internal, jsonb, nightowls.events).
     unsafe {
         let progress = argument(fcinfo, 0);
@@ -272,7 +272,7 @@ fn fold_event_step(fcinfo: pg_sys::FunctionCallInfo) -> Result<Internal, ErrorRe
 ///
 /// SQLSTATE 54000 if it is larger than jsonb allows.
 #[pg_extern(sql = false)]
-fn fold_final(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
+fn fold_end(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
     // SAFETY: declared as (internal), strict.
     unsafe {
         match argument(fcinfo, 0) {
