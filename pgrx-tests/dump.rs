@@ -324,10 +324,16 @@ fn no_table_of_ours_has_a_foreign_key_as_a_parallel_restore_would_fail_on_it() {
 fn the_rows_alone_restore_into_a_fresh_install() {
     on_each_install(|db| {
         fill_log(db);
-        let to = db.cluster().database(db.install());
-        by_psql(db, &to, &["--data-only"]);
-        assert_eq!(fingerprint(&to, false), fingerprint(db, false));
-        assert_alive(&to, false);
+        for options in [&["--data-only"][..], &["--data-only", "--inserts"]] {
+            let to = db.cluster().database(db.install());
+            by_psql(db, &to, options);
+            assert_eq!(
+                fingerprint(&to, false),
+                fingerprint(db, false),
+                "{options:?}"
+            );
+            assert_alive(&to, false);
+        }
     });
 }
 

@@ -182,7 +182,7 @@ impl Stress<'_> {
     fn write(&self, number: usize) {
         let mut random = Random::new(self.seed * 1000 + number as u64);
         // One in four is the owner, as in many a small project.
-        let role = if number % 4 == 0 {
+        let role = if number.is_multiple_of(4) {
             self.db.install().owner()
         } else {
             SERVICE
@@ -329,7 +329,12 @@ impl Stress<'_> {
     }
 }
 
+/// `NIGHTOWLS_SEED=7 cargo test …` throws other dice than `make test` does.
 fn stress(db: &Db, way: Way, blow: Blow, seconds: f32, seed: u64) {
+    let seed = std::env::var("NIGHTOWLS_SEED")
+        .ok()
+        .and_then(|seed| seed.parse().ok())
+        .unwrap_or(seed);
     let first = default_org(db);
     let second = org_apart_from(db, &first);
     let stress = Stress {
@@ -678,7 +683,7 @@ fn one_transaction_may_append_to_two_orgs_and_then_insert_and_no_reader_skips() 
         for start in 0..steps.len() {
             let mut open = db.service();
             open.exec("begin");
-            let mut written = vec![Vec::new(), Vec::new(), Vec::new()];
+            let mut written = [const { Vec::new() }; 3];
             let mut is_open = [false; 3];
             let orgs = [&one, &two, &third];
             let before: Vec<usize> = orgs

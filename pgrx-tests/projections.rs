@@ -833,7 +833,7 @@ fn nobody_waits_for_an_open_build() {
         for (round, build) in builds.iter().enumerate() {
             owner.exec(&format!("begin; {build}"));
             let mut other = db.service();
-            other.exec("set lock_timeout = '100ms'; set statement_timeout = '5s'");
+            other.exec("set lock_timeout = '500ms'; set statement_timeout = '5s'");
             other.exec(&count("a", 1));
             other.exec(&format!(
                 "begin; {}; {}; commit",
@@ -860,7 +860,7 @@ fn nobody_waits_for_an_open_build() {
         let mut open = db.service();
         open.exec(&format!("begin; {}; {}", count("a", 1), count("b", 1)));
         owner.exec("select nightowls.rebuild_projection('tally')");
-        open.exec("commit; set lock_timeout = '100ms'");
+        open.exec("commit; set lock_timeout = '500ms'");
         owner.exec("begin; select nightowls.refresh_projection('tally')");
         open.exec(&format!("{}; {}", count("a", 1), count("b", 1)));
         owner.exec("commit");

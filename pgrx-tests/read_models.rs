@@ -155,6 +155,10 @@ fn the_table_of_a_projection_refuses_every_other_write() {
                                   values ('account', 'a', 'deposited', '{"by": 1}')"#,
                     );
                     refused(&mut session, "after a direct insert");
+                    session.exec("rollback; begin; savepoint s");
+                    session.refused("select nightowls.append_event('account', 'a', 'deposited', '{\"by\": \"much\"}')");
+                    session.exec("rollback to s");
+                    refused(&mut session, "after a handler that failed");
                     session.exec("rollback");
                 }
             }
@@ -682,7 +686,7 @@ fn a_rebuild_of_a_table_projection_holds_up_no_reader_and_no_other_type() {
         db.service().exec(&deposit("a", 1));
         owner.exec("begin; select nightowls.rebuild_projection('balances')");
         let mut other = db.service();
-        other.exec("set lock_timeout = '200ms'");
+        other.exec("set lock_timeout = '500ms'");
         other.exec("select * from public.balances; select count(*) from nightowls.read_events(); select nightowls.state('tally', 'a')");
         other.exec("select nightowls.append_event('order', 'a', 'noted')");
         other.exec(&format!(
@@ -698,16 +702,113 @@ fn an_append_with_an_older_snapshot_than_a_table_projection_is_not_lost_to_it() 
     on_each_install(|db| {
         let org = default_org(db);
         create_balances(db);
-        let mut old = db.service();
-        old.exec("begin isolation level repeatable read; select count(*) from nightowls.events");
-        keep_balances(&mut db.owner(), &org);
-        // Either it is handled, or it is refused and may be tried again.
-        match old.try_exec(&deposit("a", 1)) {
-            Ok(()) => old.exec("commit"),
-            Err(refusal) => {
-                assert_eq!(refusal.code, "40001", "{refusal}");
-                old.exec(&format!("rollback; {}", deposit("a", 1)));
+        let event = r#"{"event_type": "deposited", "payload": {"by": 1}}"#;
+        let appends = [
+            deposit("a", 1),
+            format!("select nightowls.append_events('account', 'a', '[{event}, {event}]')"),
+            format!(
+                r#"select nightowls.append_many('[{{"aggregate_type": "account", "aggregate_id": "a", "events": [{event}]}},
+                                                 {{"aggregate_type": "account", "aggregate_id": "b", "events": [{event}]}}]')"#
+            ),
+            r#"insert into nightowls.events (aggregate_type, aggregate_id, event_type, payload)
+               values ('account', 'a', 'deposited', '{"by": 1}')"#
+                .to_owned(),
+        ];
+        for append in &appends {
+            for before in [
+                "select count(*) from nightowls.events",
+                "select nightowls.append_event('other', 'a', 'noted')",
+            ] {
+                let mut old = db.service();
+                old.exec(&format!("begin isolation level repeatable read; {before}"));
+                // Making it waits for the one who has appended already: then there is nothing to lose.
+                let mut owner = db.owner();
+                owner.exec("set lock_timeout = '300ms'");
+                let made = owner
+                    .try_exec(&format!(
+                        "select nightowls.create_table_projection('balances', 'account', 'public.balances', 'public.keep_balance', '{org}')"
+                    ))
+                    .is_ok();
+                // It is handled, or it is refused and may be tried again.
+                match old.try_exec(append) {
+                    Ok(()) => old.exec("commit"),
+                    Err(refusal) => {
+                        assert_eq!(refusal.code, "40001", "{append}: {refusal}");
+                        old.exec(&format!("rollback; {append}"));
+                    }
+                }
+                if made {
+                    assert_balanced(db);
+                    owner.exec("select nightowls.drop_projection('balances')");
+                }
             }
+        }
+    });
+}
+
+#[test]
+fn appends_that_wait_for_each_other_and_for_a_rebuild_do_not_deadlock() {
+    on_each_install(|db| {
+        let org = default_org(db);
+        create_balances(db);
+        let mut owner = db.owner();
+        keep_balances(&mut owner, &org);
+        let mut first = db.service();
+        first.exec(&format!("begin; {}", deposit("a", 1)));
+        thread::scope(|scope| {
+            let mut watcher = db.superuser();
+            let pid = owner.pid();
+            let rebuild =
+                scope.spawn(move || owner.exec("select nightowls.rebuild_projection('balances')"));
+            wait_until(
+                "the rebuild is done or waits",
+                Duration::from_secs(20),
+                || rebuild.is_finished() || is_blocked(&mut watcher, pid),
+            );
+            // A second comes later, appends to another aggregate, and may have to wait for the rebuild …
+            let mut session = db.service();
+            let pid = session.pid();
+            let second = scope.spawn(move || session.exec(&deposit("x", 1)));
+            wait_until(
+                "the second append is done or waits",
+                Duration::from_secs(20),
+                || second.is_finished() || is_blocked(&mut watcher, pid),
+            );
+            // … to which the first, for whom the rebuild waits, appends as well.
+            first.exec(&format!("{}; commit", deposit("x", 1)));
+            second.join().expect("the second append ends well");
+            rebuild.join().expect("the rebuild ends well");
+        });
+        assert_balanced(db);
+    });
+}
+
+#[test]
+fn a_table_projection_is_not_made_or_rebuilt_from_an_older_snapshot() {
+    on_each_install(|db| {
+        let org = default_org(db);
+        create_balances(db);
+        let mut owner = db.owner();
+        let create = format!(
+            "select nightowls.create_table_projection('balances', 'account', 'public.balances', 'public.keep_balance', '{org}')"
+        );
+        for level in ["repeatable read", "serializable"] {
+            owner.exec(&format!(
+                "begin isolation level {level}; select count(*) from nightowls.events"
+            ));
+            db.service().exec(&deposit("a", 1));
+            assert_eq!(owner.refused(&create).code, "25001", "{level}");
+            owner.exec("rollback");
+        }
+        owner.exec(&create);
+        for level in ["repeatable read", "serializable"] {
+            owner.exec(&format!(
+                "begin isolation level {level}; select count(*) from nightowls.events"
+            ));
+            db.service().exec(&deposit("b", 1));
+            let refusal = owner.refused("select nightowls.rebuild_projection('balances')");
+            assert_eq!(refusal.code, "25001", "{level}");
+            owner.exec("rollback");
         }
         assert_balanced(db);
     });
@@ -782,7 +883,7 @@ fn a_refresh_does_not_disturb_a_reader_of_the_old_rows() {
         reader.exec("begin isolation level repeatable read");
         assert_eq!(lines(&mut reader, own), ["a 1"]);
         service.exec(&deposit("a", 1));
-        service.exec("set lock_timeout = '200ms'; select nightowls.refresh_projection('totals')");
+        service.exec("set lock_timeout = '500ms'; select nightowls.refresh_projection('totals')");
         assert_eq!(lines(&mut reader, own), ["a 1"]);
         reader.exec("commit");
         assert_eq!(lines(&mut reader, own), ["a 2"]);

@@ -389,6 +389,30 @@ $$;
 
 revoke all on function nightowls._known_batch(uuid, text[], text[], int[], text[], jsonb[], uuid[]) from public;
 
+-- Whether one of these event ids is there. A probe for each, whatever the planner thinks of the table.
+create function nightowls._is_any_known(org uuid, event_ids uuid[])
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+begin
+  return exists (
+    select from unnest(_is_any_known.event_ids) as i (event_id)
+     where (select true
+              from nightowls.events e
+             where e.org_id = _is_any_known.org and e.event_id = i.event_id));
+end;
+$$;
+
+revoke all on function nightowls._is_any_known(uuid, uuid[]) from public;
+
 -- Events for several aggregates, in flat arrays: the aggregates, then the events, each with its aggregate's number.
 -- Rows go in by key order, so that two calls in reversed order wait for each other but never in a circle.
 -- Definer: it draws positions and looks into orgs and routes.
@@ -427,8 +451,7 @@ declare
 begin
   perform nightowls._hold(nightowls._org_class(_append_batch.org));
   loop
-    if v_ids <> '{}' and exists (
-         select from nightowls.events e where e.org_id = _append_batch.org and e.event_id = any (v_ids)) then
+    if v_ids <> '{}' and nightowls._is_any_known(_append_batch.org, v_ids) then
       select array_agg(k.aggregate_type), array_agg(k.aggregate_id), array_agg(k."position"), array_agg(k.version)
         into types, ids, positions, versions
         from nightowls._known_batch(
@@ -444,8 +467,7 @@ begin
      limit 1;
     if found then
       -- These very events may have been committed between the two looks.
-      continue when v_ids <> '{}' and exists (
-        select from nightowls.events e where e.org_id = _append_batch.org and e.event_id = any (v_ids));
+      continue when v_ids <> '{}' and nightowls._is_any_known(_append_batch.org, v_ids);
       perform nightowls._refuse_version(_append_batch.aggregate_types[v_no], _append_batch.aggregate_ids[v_no],
                                         _append_batch.expected[v_no], v_heads[v_no]);
     end if;
@@ -505,16 +527,18 @@ create function nightowls._parse_events(
   out event_ids   uuid[]
 )
   language plpgsql
-  immutable
-  parallel safe
+  volatile
+  parallel unsafe
   set search_path to pg_catalog, pg_temp
+  set plan_cache_mode to force_generic_plan
+  set jit to off
 as $$
 #variable_conflict use_column
 declare
-  v_fault text;
+  v_uuid  constant text := '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$';
+  v_good  boolean;
   v_long  boolean;
-  v_deep  boolean;
-  v_large boolean;
+  v_fault text;
 begin
   if _parse_events.events is null then
     raise exception '% must not be null', _parse_events.path using errcode = 'null_value_not_allowed';
@@ -523,39 +547,48 @@ begin
       using errcode = 'invalid_parameter_value';
   end if;
 
-  select min(x.fault),
-         array_agg(x.event_type order by x.no), array_agg(x.payload order by x.no), array_agg(x.metadata order by x.no),
-         array_agg(x.event_id order by x.no), bool_or(x.long), bool_or(x.deep), bool_or(x.large)
-    into v_fault, _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids,
-         v_long, v_deep, v_large
-    from (select u.no,
-                 u.e ->> 'event_type' as event_type,
-                 coalesce(u.e -> 'payload', '{}') as payload,
-                 nullif(u.e -> 'metadata', 'null') as metadata,
-                 case when u.e ->> 'event_id' ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
-                      then (u.e ->> 'event_id')::uuid end as event_id,
-                 case
-                   when jsonb_typeof(u.e) <> 'object' then 'is not an object'
-                   when jsonb_typeof(u.e -> 'event_type') is distinct from 'string' then 'has no event_type'
-                   when u.e ->> 'event_type' = '' then 'has an empty event_type'
-                   when jsonb_typeof(u.e -> 'metadata') not in ('object', 'null') then 'has metadata that is not an object'
-                   when u.e ->> 'event_id' !~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$'
-                     then 'has an event_id that is not a uuid'
-                   when u.e - '{event_type,payload,metadata,event_id}'::text[] <> '{}' then 'has an unknown key'
-                 end as fault,
-                 octet_length(u.e ->> 'event_type') > 255 as long,
-                 nightowls._is_too_deep(u.e -> 'payload') or nightowls._is_too_deep(u.e -> 'metadata') as deep,
-                 nightowls._is_too_large(u.e -> 'payload') or nightowls._is_too_large(u.e -> 'metadata') as large
-            from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)) x;
-  if v_fault is not null then
-    raise exception '% is not valid: %', _parse_events.path, v_fault
+  -- What is good is found out for all at once; what is wrong with which one is looked for only when something is.
+  select array_agg(x.event_type), array_agg(coalesce(x.payload, '{}')), array_agg(nullif(x.metadata, 'null')),
+         array_agg(case when x.event_id ~ v_uuid then x.event_id::uuid end),
+         bool_and(jsonb_typeof(x.e -> 'event_type') = 'string' and x.event_type <> ''
+                  and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
+                  and (x.event_id is null or x.event_id ~ v_uuid)
+                  and x.e - '{event_type,payload,metadata,event_id}'::text[] = '{}'),
+         max(octet_length(x.event_type)) > 255
+    into _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids, v_good, v_long
+    from (select u.e, u.e ->> 'event_type' as event_type, u.e -> 'payload' as payload, u.e -> 'metadata' as metadata,
+                 u.e ->> 'event_id' as event_id
+            from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)
+           where jsonb_typeof(u.e) = 'object'
+          offset 0) x;
+  if v_good is not true or cardinality(_parse_events.event_types) < jsonb_array_length(_parse_events.events) then
+    select format('%s[%s] %s', _parse_events.path, u.no - 1, case
+             when jsonb_typeof(u.e) <> 'object' then 'is not an object'
+             when jsonb_typeof(u.e -> 'event_type') is distinct from 'string' then 'has no event_type'
+             when u.e ->> 'event_type' = '' then 'has an empty event_type'
+             when jsonb_typeof(u.e -> 'metadata') not in ('object', 'null') then 'has metadata that is not an object'
+             when u.e ->> 'event_id' !~ v_uuid then 'has an event_id that is not a uuid'
+             else 'has an unknown key' end)
+      into v_fault
+      from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)
+     where (jsonb_typeof(u.e) = 'object'
+            and jsonb_typeof(u.e -> 'event_type') = 'string' and u.e ->> 'event_type' <> ''
+            and coalesce(jsonb_typeof(u.e -> 'metadata'), 'null') in ('object', 'null')
+            and coalesce(u.e ->> 'event_id' ~ v_uuid, true)
+            and case when jsonb_typeof(u.e) = 'object'
+                     then u.e - '{event_type,payload,metadata,event_id}'::text[] = '{}' end) is not true
+     order by u.no
+     limit 1;
+    raise exception '%', v_fault
       using errcode = 'invalid_parameter_value',
             hint = 'An event is {"event_type": text, "payload": any, "metadata": object, "event_id": uuid}; only event_type is required.';
   elsif v_long then
     perform nightowls._refuse_names('any', 'any', repeat('x', 256));
-  elsif v_deep then
+  elsif jsonb_path_exists(_parse_events.events, 'strict $.**{102} ? (@.type() == "object" || @.type() == "array")') then
     perform nightowls._refuse_depth();
-  elsif v_large then
+  elsif nightowls._is_too_large(_parse_events.events)
+        and exists (select from unnest(_parse_events.payloads || _parse_events.metadatas) as u (body)
+                     where nightowls._is_too_large(u.body) or octet_length(u.body::text) > 16777216) then
     perform nightowls._refuse_size();
   end if;
 end;
