@@ -502,6 +502,73 @@ fn no_setting_of_ours_opens_a_door_for_the_service() {
 }
 
 #[test]
+fn a_search_path_with_other_operators_and_functions_changes_no_rule() {
+    on_each_install(|db| {
+        a_log(db);
+        let before = digest(db);
+        // Every comparison that the rules could use, each with the wrong answer.
+        let mut lies = String::from("create schema lies; ");
+        for of_type in ["uuid", "text", "bigint", "integer"] {
+            lies += &format!(
+                "create function lies.no(one {of_type}, other {of_type}) returns boolean language sql immutable return false; "
+            );
+            for operator in ["=", "<>", "<", "<=", ">", ">="] {
+                lies += &format!(
+                    "create operator lies.{operator} (function = lies.no, leftarg = {of_type}, rightarg = {of_type}); "
+                );
+            }
+        }
+        lies += &format!(
+            "create function lies.current_setting(text, boolean) returns text language sql immutable return null; \
+             create function lies.starts_with(text, text) returns boolean language sql immutable return false; \
+             create function lies.jsonb_path_exists(jsonb, jsonpath) returns boolean language sql immutable return false; \
+             create function lies.has_function_privilege(text, text) returns boolean language sql immutable return true; \
+             grant usage on schema lies to {SERVICE}; grant execute on all functions in schema lies to {SERVICE}"
+        );
+        db.superuser().exec(&lies);
+        let mut service = db.service();
+        service.exec("set search_path to lies, pg_catalog");
+        for (sql, code) in [
+            (
+                "insert into nightowls.events (aggregate_type, aggregate_id, version, event_type) values ('cart', 'c', 2, 'made')",
+                "22023",
+            ),
+            (
+                "insert into nightowls.events (aggregate_type, aggregate_id, version, event_type) \
+                 values ('cart', 'c', 2, 'made'), ('cart', 'c', 1, 'made')",
+                "22023",
+            ),
+            (
+                "insert into nightowls.events (org_id, aggregate_type, aggregate_id, event_type) \
+                 values ('11111111-1111-4111-8111-111111111111', 'cart', 'c', 'made')",
+                "22023",
+            ),
+            (
+                "insert into nightowls.events (aggregate_type, aggregate_id, event_type, payload) \
+                 values ('cart', 'c', 'made', (repeat('[', 101) || repeat(']', 101))::jsonb)",
+                "54000",
+            ),
+            (
+                "select nightowls.append_event('cart', 'a', 'made', expected_version => 7)",
+                "NW001",
+            ),
+            (
+                "select nightowls.append_event('cart', 'a', 'other', event_id => '00000000-0000-4000-8000-000000000001')",
+                "NW002",
+            ),
+            ("delete from nightowls.events", "42501"),
+        ] {
+            let refusal = service.refused(sql);
+            assert_eq!(refusal.code, code, "{sql}\n{refusal}");
+        }
+        assert_eq!(digest(db), before);
+        let version =
+            service.value("select version from nightowls.append_event('cart', 'a', 'made')");
+        assert_eq!(version.as_deref(), Some("3"));
+    });
+}
+
+#[test]
 fn a_door_left_open_by_another_transaction_is_shut_for_the_owner_too() {
     on_each_install(|db| {
         a_log(db);

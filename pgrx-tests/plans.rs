@@ -106,7 +106,7 @@ const BOUNDS: &[(&str, i64, &str)] = &[
     ),
     (
         "projection_states of one aggregate",
-        25,
+        60,
         "select * from nightowls.projection_states where org_id = nightowls.current_org() and projection = 'tally' and aggregate_id = 'big'",
     ),
 ];

@@ -230,6 +230,28 @@ create trigger t10_hold
   before insert on nightowls.events
   for each statement execute function nightowls._before_insert();
 
+-- The lowest key held by an append that concerns an org, decoded against the last position drawn; null if none is.
+create function nightowls._lowest_hold(org uuid, last bigint)
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return (
+    select min(_lowest_hold.last - ((_lowest_hold.last - l.objid::bigint) & 4294967295))
+      from pg_locks l
+     where l.locktype = 'advisory'
+       and l.objsubid = 2
+       and l.database = (select d.oid from pg_database d where d.datname = current_database())
+       and l.classid::bigint in (nightowls._lock_class(nightowls._org_class(_lowest_hold.org)), nightowls._lock_class(256)));
+end;
+$$;
+
+revoke all on function nightowls._lowest_hold(uuid, bigint) from public;
+
 -- The last position at or below which nothing can appear any more for this org. What has been drawn and what
 -- is held must be read in this order, each in a statement of its own, hence volatile: a stable function would see both
 -- with its caller's older snapshot, and the reader would skip. Nothing after the cursor: the locks are not looked at.
@@ -250,7 +272,6 @@ as $$
 #variable_conflict use_column
 declare
   v_last bigint;
-  v_held bigint;
 begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     raise exception 'the log cannot be read forwards at isolation level %', current_setting('transaction_isolation')
@@ -274,14 +295,7 @@ begin
        limit 1) is null then
     return _safe_position.after;
   end if;
-  select min(v_last - ((v_last - l.objid::bigint) & 4294967295))
-    into v_held
-    from pg_locks l
-   where l.locktype = 'advisory'
-     and l.objsubid = 2
-     and l.database = (select d.oid from pg_database d where d.datname = current_database())
-     and l.classid::bigint in (nightowls._lock_class(nightowls._org_class(_safe_position.org)), nightowls._lock_class(256));
-  return least(v_last, v_held);
+  return least(v_last, nightowls._lowest_hold(_safe_position.org, v_last));
 end;
 $$;
 

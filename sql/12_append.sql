@@ -550,10 +550,10 @@ begin
   -- What is good is found out for all at once; what is wrong with which one is looked for only when something is.
   select array_agg(x.event_type), array_agg(coalesce(x.payload, '{}')), array_agg(nullif(x.metadata, 'null')),
          array_agg(case when x.event_id ~ v_uuid then x.event_id::uuid end),
-         bool_and(jsonb_typeof(x.e -> 'event_type') = 'string' and x.event_type <> ''
-                  and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
-                  and (x.event_id is null or x.event_id ~ v_uuid)
-                  and x.e - '{event_type,payload,metadata,event_id}'::text[] = '{}'),
+         bool_and((jsonb_typeof(x.e -> 'event_type') = 'string' and x.event_type <> ''
+                   and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
+                   and (x.event_id is null or x.event_id ~ v_uuid)
+                   and x.e - '{event_type,payload,metadata,event_id}'::text[] = '{}') is true),
          max(octet_length(x.event_type)) > 255
     into _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids, v_good, v_long
     from (select u.e, u.e ->> 'event_type' as event_type, u.e -> 'payload' as payload, u.e -> 'metadata' as metadata,

@@ -563,7 +563,8 @@ comment on function nightowls.state_at_time(text, text, timestamptz, uuid) is
 revoke all on function nightowls.state_at_time(text, text, timestamptz, uuid) from public;
 
 -- The aggregates whose stored state may be behind, and the position up to which the caller is to settle them (null: all,
--- as with nothing held at this moment every append that did not know of the build has ended).
+-- as with nothing held at this moment every append that did not know of the build has ended). In this order, as the safe
+-- position is found.
 -- Definer: the sequence is closed.
 create function nightowls._lagging(
   projection nightowls.projections,
@@ -578,12 +579,12 @@ create function nightowls._lagging(
 as $$
 #variable_conflict use_column
 declare
-  v_last bigint;
+  v_last bigint := (
+    select case when s.is_called then s.last_value else s.last_value - 1 end from nightowls.events_position_seq s);
+  v_held bigint := nightowls._lowest_hold((_lagging.projection).org_id, v_last);
 begin
-  v_last := (select case when s.is_called then s.last_value else s.last_value - 1 end from nightowls.events_position_seq s);
-  upto := nightowls._safe_position((_lagging.projection).org_id, -1);
-  if upto >= v_last then
-    upto := null;
+  if v_held is not null then
+    upto := least(v_last, v_held);
   end if;
   ids := array(
     select distinct e.aggregate_id
