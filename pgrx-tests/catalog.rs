@@ -17,9 +17,9 @@ const ONLY_IN_THE_EXTENSION: &[&str] = &[
 ];
 
 /// Run once an event or append, where setting a path would cost as much as what
-/// they do: private, with the caller's rights. Whoever calls the first has pinned
-/// its own; the triggers name nothing that is not qualified.
-const UNPINNED: &str = "'_fold_step', '_before_insert', '_after_insert'";
+/// they do: private, with the caller's rights. Whoever calls the first two has
+/// pinned its own; the triggers name nothing that is not qualified.
+const UNPINNED: &str = "'_fold_step', '_hold', '_before_insert', '_after_insert'";
 
 /// Asserts that the rule `sql` asks for has no exception: each row is one.
 #[track_caller]

@@ -436,15 +436,18 @@ fn stress(db: &Db, way: Way, blow: Blow, seconds: f32, seed: u64) {
         .filter(|position| !all.contains(position))
         .collect();
     assert!(gone.is_empty(), "seed {seed}: committed and gone: {gone:?}");
-    let undead: Vec<_> = outcome
-        .rolled_back
-        .iter()
-        .filter(|position| all.contains(position))
-        .collect();
-    assert!(
-        undead.is_empty(),
-        "seed {seed}: rolled back and there: {undead:?}"
-    );
+    // A crash forgets what was drawn and never committed: such a position may be drawn again.
+    if blow == Blow::Terminate {
+        let undead: Vec<_> = outcome
+            .rolled_back
+            .iter()
+            .filter(|position| all.contains(position))
+            .collect();
+        assert!(
+            undead.is_empty(),
+            "seed {seed}: rolled back and there: {undead:?}"
+        );
+    }
     eprintln!(
         "seed {seed}: {} events, {} committed by what the writers know, {} rolled back, {} sessions lost",
         all.len(),

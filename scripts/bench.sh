@@ -245,7 +245,7 @@ group() { # <group> <clients> <candidate>…: all rounds of a comparison
   sql postgres postgres -c checkpoint
   for ((round = 1; round <= rounds; round++)); do
     line=
-    # There and back, so that none always follows the same one.
+    # There and back, so that none always follows the same other.
     order=("$@")
     if [ $((round % 2)) = 0 ]; then
       order=()
@@ -462,7 +462,7 @@ machine() {
   local cpu memory disk
   cpu=$(sed -n 's/^model name[^:]*: //p' /proc/cpuinfo | head -n 1)
   memory=$(awk '/^MemTotal/ {printf "%.0f", $2 / 1048576}' /proc/meminfo)
-  disk=$(stat -f -c %T "$place")
+  disk=$(df --output=fstype "$place" | tail -n 1)
   printf '%s, %s cores, %s GB, %s; %s, Linux %s' "${cpu:-$(uname -m)}" "$(nproc)" "$memory" "$disk" \
     "$(. /etc/os-release && printf '%s' "$PRETTY_NAME")" "$(uname -r | sed 's/^\([0-9]*\.[0-9]*\).*/\1/')"
 }

@@ -126,8 +126,9 @@ create function nightowls._lock_key(number bigint)
 
 revoke all on function nightowls._lock_key(bigint) from public;
 
--- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|append or <xid>|project. It is
--- shut before the function returns, and counts only in a function of the owner's: a setting alone can be set by anybody.
+-- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|append or <xid>|project…. It is
+-- shut before the function returns, and counts for an append only in a function of the owner's: a setting can be set by
+-- anybody.
 create function nightowls._open_door(purpose text)
   returns text
   language sql
@@ -168,15 +169,12 @@ revoke all on function nightowls._is_append() from public;
 
 -- The hold, taken once a transaction and class, before a position is drawn. nightowls.held remembers it as
 -- <xid>|<class>:<last position>|…#<locks on aggregates>; a rolled-back savepoint takes lock and memory together. After 32
--- classes comes the one that is held against all.
--- Definer: reading the sequence needs rights that callers lack.
+-- classes comes the one that is held against all. It runs in functions of the owner's, which have pinned the search_path.
 create function nightowls._hold(class int)
   returns boolean
   language plpgsql
   volatile
   parallel unsafe
-  security definer
-  set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
 declare
@@ -205,6 +203,23 @@ $$;
 
 revoke all on function nightowls._hold(int) from public;
 
+-- Definer: reading the sequence needs rights that callers lack.
+create function nightowls._hold_against_all()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  perform nightowls._hold(256);
+end;
+$$;
+
+revoke all on function nightowls._hold_against_all() from public;
+
 -- Before a direct insert, of whatever org: held against all. Our functions have taken the hold of their org.
 -- It pins no search_path, as every append of ours pays for it too: all it names is qualified. The same test in a "when" of the
 -- trigger would cost ten times as much, for it is planned anew by each insert.
@@ -219,7 +234,7 @@ begin
   if nightowls._is_append() then
     return null;
   end if;
-  perform nightowls._hold(256);
+  perform nightowls._hold_against_all();
   return null;
 end;
 $$;

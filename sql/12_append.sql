@@ -194,19 +194,21 @@ declare
   v_lost  bigint;
   v_done  boolean;
 begin
-  if (octet_length(_append_one.aggregate_type) between 1 and 255
-      and octet_length(_append_one.aggregate_id) between 1 and 1024
-      and octet_length(_append_one.event_type) between 1 and 255
-      and not nightowls._is_too_large(_append_one.payload) and not nightowls._is_too_deep(_append_one.payload)
-      and (_append_one.metadata is null
-           or jsonb_typeof(_append_one.metadata) = 'object'
-              and not nightowls._is_too_large(_append_one.metadata) and not nightowls._is_too_deep(_append_one.metadata))
-      and (_append_one.expected_version is null or _append_one.expected_version >= -1)
+  -- What is small cannot be too deep: a level takes 8 bytes. The rest is looked at more closely.
+  if (row (_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload) is not null
+      and '' <> all (array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type])
+      and octet_length(_append_one.aggregate_type) < 256 and octet_length(_append_one.event_type) < 256
+      and pg_column_size(row (_append_one.aggregate_id, _append_one.payload, _append_one.metadata)) < 800
+      and pg_column_compression(_append_one.payload) is null and pg_column_compression(_append_one.metadata) is null
+      and coalesce(jsonb_typeof(_append_one.metadata), 'object') = 'object'
+      and coalesce(_append_one.expected_version, 0) >= -1
       and _append_one.container is null and _append_one.fence is null) is not true then
     perform nightowls._check_append_arguments(
       _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
       _append_one.expected_version, _append_one.metadata);
-    perform nightowls._assert_fence(_append_one.org, _append_one.container, _append_one.fence);
+    if _append_one.container is not null or _append_one.fence is not null then
+      perform nightowls._assert_fence(_append_one.org, _append_one.container, _append_one.fence);
+    end if;
   end if;
 
   loop
@@ -231,10 +233,11 @@ begin
       end if;
     end if;
 
-    v_done := nightowls._hold(nightowls._org_class(_append_one.org)) and nightowls._open_door('append') <> '';
+    v_done := nightowls._hold(nightowls._org_class(_append_one.org))
+              and nightowls._open_door('append') <> '';
     insert into nightowls.events as e
            (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
-    select o.org_id, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
+    select _append_one.org, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
            _append_one.payload, coalesce(_append_one.metadata, '{}'), _append_one.event_id
       from (select coalesce((
                      select x.version
@@ -245,20 +248,23 @@ begin
                       order by x.version desc
                       limit 1), 0) as version
             offset 0) h
-      join nightowls.orgs o on o.org_id = _append_one.org
      where _append_one.expected_version is null
         or _append_one.expected_version = h.version
         or _append_one.expected_version = -1 and h.version > 0
     on conflict do nothing
-    returning e."position", e.version, exists (
+    returning e."position", e.version, current_setting('transaction_isolation') in ('repeatable read', 'serializable') or exists (
               select from nightowls.routes r
                where r.org_id = _append_one.org and r.aggregate_type = _append_one.aggregate_type collate "C" offset 0)
          into "position", version, handled;
     v_done := set_config('nightowls.door', v_door, true) is null;
+    if version = 1 then
+      -- An aggregate that is there has been through this.
+      perform nightowls._refuse_no_org(_append_one.org);
+    end if;
     exit when version is not null;
 
-    -- Nothing came of it: the expectation is missed, the org is not there, or somebody else's append has taken the version,
-    -- or brought this event_id, and has committed.
+    -- Nothing came of it: the expectation is missed, or somebody else's append has taken the version, or brought this
+    -- event_id, and has committed.
     v_head := (nightowls._heads(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]))[1];
     if _append_one.event_id is not null
        and exists (select from nightowls.events e where e.org_id = _append_one.org and e.event_id = _append_one.event_id) then
@@ -270,11 +276,10 @@ begin
       raise exception 'a unique index of the user''s on nightowls.events refuses the event'
         using errcode = 'unique_violation';
     end if;
-    perform nightowls._refuse_no_org(_append_one.org);
     v_lost := v_head;
   end loop;
 
-  if handled or current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+  if handled then
     handled := nightowls._after_append(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]);
   end if;
 end;

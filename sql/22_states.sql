@@ -768,6 +768,12 @@ create function nightowls._replay(projection nightowls.projections, aggregate_id
 as $$
 #variable_conflict use_column
 begin
+  if not exists (
+       select from nightowls.events e
+        where e.org_id = (_replay.projection).org_id and e.aggregate_type = (_replay.projection).aggregate_type
+          and e.aggregate_id = _replay.aggregate_id) then
+    return null;
+  end if;
   if (_replay.projection).kind = 'handler' then
     return (nightowls._fold_by_handler(
       (_replay.projection).org_id, (_replay.projection).handler, null, (_replay.projection).aggregate_type,

@@ -76,7 +76,7 @@ comment on function nightowls.create_table_projection(text, text, text, text, uu
   'the log is handled before this returns; the table is emptied first. Waits for open appends, and keeps new ones waiting until the '
   'transaction ends. The handler must not append to the aggregate type it handles (0A000). Runs DDL: owner only. '
   'Raises 42P01 if the table, 42883 if the handler does not exist, 42809 if the target is no table, 42710 if the projection exists with '
-  'another definition, NW010 if there is no org.';
+  'another definition, 25001 above read committed, NW010 if there is no org.';
 
 revoke all on function nightowls.create_table_projection(text, text, text, text, uuid) from public;
 
@@ -143,6 +143,8 @@ declare
   v_org  uuid := (_rebuild_table.projection).org_id;
   v_call record;
 begin
+  -- Above read committed the events committed since the snapshot would be lost to the table: 25001.
+  perform nightowls._safe_position(v_org, -1);
   perform nightowls._lock_target((_rebuild_table.projection).target, true);
   perform nightowls._open_door('project');
   if nightowls._has_org_id((_rebuild_table.projection).target) then
