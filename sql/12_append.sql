@@ -480,24 +480,38 @@ begin
 
     begin
       perform nightowls._open_door('append');
-      with inserted as (
-        insert into nightowls.events as e
-               (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
-        select _append_batch.org, n.aggregate_type, n.aggregate_id, n.version, n.event_type, n.payload,
-               coalesce(n.metadata, '{}'), n.event_id
-          from (select _append_batch.aggregate_types[u.aggregate_no] collate "C" as aggregate_type,
-                       _append_batch.aggregate_ids[u.aggregate_no] collate "C" as aggregate_id,
-                       v_heads[u.aggregate_no] + row_number() over (partition by u.aggregate_no order by u.no) as version,
-                       u.event_type, u.payload, u.metadata, u.event_id
-                  from unnest(_append_batch.aggregate_nos, _append_batch.event_types, _append_batch.payloads,
-                              _append_batch.metadatas, _append_batch.event_ids)
-                         with ordinality as u (aggregate_no, event_type, payload, metadata, event_id, no)) n
-         order by n.aggregate_type, n.aggregate_id, n.version
-        returning e.aggregate_type, e.aggregate_id, e."position", e.version
-      )
-      select array_agg(i.aggregate_type), array_agg(i.aggregate_id), array_agg(i."position"), array_agg(i.version)
-        into types, ids, positions, versions
-        from inserted i;
+      if cardinality(v_heads) = 1 then
+        -- One aggregate, the usual case: nothing to number or to sort.
+        with inserted as (
+          insert into nightowls.events as e
+                 (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
+          select _append_batch.org, _append_batch.aggregate_types[1], _append_batch.aggregate_ids[1], v_heads[1] + u.no,
+                 u.event_type, u.payload, coalesce(u.metadata, '{}'), u.event_id
+            from unnest(_append_batch.event_types, _append_batch.payloads, _append_batch.metadatas, _append_batch.event_ids)
+                   with ordinality as u (event_type, payload, metadata, event_id, no)
+          returning e."position", e.version
+        )
+        select array_agg(i."position"), array_agg(i.version) into positions, versions from inserted i;
+      else
+        with inserted as (
+          insert into nightowls.events as e
+                 (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
+          select _append_batch.org, n.aggregate_type, n.aggregate_id, n.version, n.event_type, n.payload,
+                 coalesce(n.metadata, '{}'), n.event_id
+            from (select _append_batch.aggregate_types[u.aggregate_no] collate "C" as aggregate_type,
+                         _append_batch.aggregate_ids[u.aggregate_no] collate "C" as aggregate_id,
+                         v_heads[u.aggregate_no] + row_number() over (partition by u.aggregate_no order by u.no) as version,
+                         u.event_type, u.payload, u.metadata, u.event_id
+                    from unnest(_append_batch.aggregate_nos, _append_batch.event_types, _append_batch.payloads,
+                                _append_batch.metadatas, _append_batch.event_ids)
+                           with ordinality as u (aggregate_no, event_type, payload, metadata, event_id, no)) n
+           order by n.aggregate_type, n.aggregate_id, n.version
+          returning e.aggregate_type, e.aggregate_id, e."position", e.version
+        )
+        select array_agg(i.aggregate_type), array_agg(i.aggregate_id), array_agg(i."position"), array_agg(i.version)
+          into types, ids, positions, versions
+          from inserted i;
+      end if;
       perform set_config('nightowls.door', v_door, true);
       exit;
     exception when unique_violation then
@@ -736,7 +750,11 @@ begin
   if v_done.handled then
     perform nightowls._call_handlers(v_org, v_types, v_done.positions);
   end if;
-  return query select u.* from unnest(v_done.types, v_done.ids, v_done.positions, v_done.versions) u;
+  -- With one aggregate its name does not come back with each row.
+  return query
+    select coalesce(u.aggregate_type, v_types[1]), coalesce(u.aggregate_id, v_ids[1]), u."position", u.version
+      from unnest(v_done.types, v_done.ids, v_done.positions, v_done.versions)
+             as u (aggregate_type, aggregate_id, "position", version);
 end;
 $$;
 
