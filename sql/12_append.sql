@@ -188,11 +188,12 @@ create function nightowls._append_one(
 as $$
 #variable_conflict use_column
 declare
-  v_door  text := coalesce(current_setting('nightowls.door', true), '');
-  v_known nightowls.events;
-  v_head  bigint;
-  v_lost  bigint;
-  v_done  boolean;
+  v_door    text := coalesce(current_setting('nightowls.door', true), '');
+  v_known   nightowls.events;
+  v_head    bigint;
+  v_lost    bigint;
+  v_done    boolean;
+  v_reduced boolean;
 begin
   -- What is small cannot be too deep: a level takes 8 bytes. The rest is looked at more closely.
   if (row (_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload) is not null
@@ -252,10 +253,14 @@ begin
         or _append_one.expected_version = h.version
         or _append_one.expected_version = -1 and h.version > 0
     on conflict do nothing
-    returning e."position", e.version, current_setting('transaction_isolation') in ('repeatable read', 'serializable') or exists (
-              select from nightowls.routes r
-               where r.org_id = _append_one.org and r.aggregate_type = _append_one.aggregate_type collate "C" offset 0)
-         into "position", version, handled;
+    returning e."position", e.version,
+              exists (select from nightowls.routes r
+                       where r.org_id = _append_one.org and r.aggregate_type = _append_one.aggregate_type collate "C"
+                         and r.kind = 'reducer' offset 0),
+              exists (select from nightowls.routes r
+                       where r.org_id = _append_one.org and r.aggregate_type = _append_one.aggregate_type collate "C"
+                         and r.kind = 'handler' offset 0)
+         into "position", version, v_reduced, handled;
     v_done := set_config('nightowls.door', v_door, true) is null;
     if version = 1 then
       -- An aggregate that is there has been through this.
@@ -279,8 +284,11 @@ begin
     v_lost := v_head;
   end loop;
 
-  if handled then
-    handled := nightowls._after_append(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]);
+  if v_reduced then
+    perform nightowls._project_one(_append_one.org, _append_one.aggregate_type, _append_one.aggregate_id, version);
+  end if;
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    perform nightowls._refuse_older_snapshot(_append_one.org);
   end if;
 end;
 $$;
@@ -529,7 +537,7 @@ begin
     end;
   end loop;
 
-  handled := nightowls._after_append(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids);
+  handled := nightowls._after_append(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids, null);
 end;
 $$;
 

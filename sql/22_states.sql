@@ -656,7 +656,7 @@ begin
   if v_projection.kind = 'reducer' then
     if v_lagging.ids <> '{}' then
       perform nightowls._project(
-        v_org, array_fill(v_projection.aggregate_type, array[cardinality(v_lagging.ids)]), v_lagging.ids);
+        v_org, array_fill(v_projection.aggregate_type, array[cardinality(v_lagging.ids)]), v_lagging.ids, null);
     end if;
   else
     foreach v_id in array v_lagging.ids loop
