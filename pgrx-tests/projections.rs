@@ -1723,6 +1723,29 @@ fn joined_by_bars(rows: Vec<Vec<Option<String>>>) -> Vec<String> {
         .collect()
 }
 
+/// What an append does next when the projection is dropped right after its
+/// insert has looked into routes.
+#[test]
+fn a_projection_dropped_under_an_append_is_no_error_and_leaves_no_state() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        project(&mut owner, "tally", TALLY);
+        owner.exec(&count("a", 1));
+        owner.exec("select nightowls.drop_projection('tally')");
+
+        owner.exec("select nightowls._project_one(nightowls.current_org(), 'order', 'a', 1)");
+
+        assert_eq!(
+            text(
+                &mut owner,
+                "select count(*) from nightowls._projection_states"
+            ),
+            "0"
+        );
+    });
+}
+
 #[test]
 fn both_installs_show_the_same_refusal() {
     let told: Vec<_> = Install::ALL

@@ -240,6 +240,9 @@ begin
             order by s.version desc
             limit 1) o on true
    where p.org_id = _project_one.org and p.name = v_names[1];
+  if not found then
+    return; -- Dropped since the append looked into routes.
+  end if;
   v_new := nightowls._fold_tail(
     _project_one.org, v_old.reducer,
     case when v_old.version is null then coalesce(v_old.reducer -> 'initial', '{}') else v_old.state end,
