@@ -1,6 +1,7 @@
 //! Never skip, never stall: what a reader of the log sees while others append.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::path::PathBuf;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -9,8 +10,8 @@ use postgres::{Client, NoTls, SimpleQueryMessage};
 
 use crate::fixture::{Random, default_org, is_blocked, lines, new_org, org_apart_from};
 use crate::support::{
-    Db, Install, SERVICE, SUPERUSER, Session, on_each_install, on_each_route, own_cluster,
-    wait_until,
+    Cluster, Db, Install, SERVICE, SUPERUSER, Session, free_port, on_each_install, on_each_route,
+    own_cluster, wait_until,
 };
 
 /// The types of the events after `after`, as one call of `read_events` gives them.
@@ -903,6 +904,110 @@ fn a_prepared_transaction_is_waited_for() {
                 expected.remove(0);
             }
             assert_eq!(read(&mut reader, 0)[seen..], expected, "{end}");
+        }
+    });
+}
+
+/// A standby of the server, stopped when it is dropped. Its files go with the
+/// folder of the server it follows.
+struct Standby<'a> {
+    cluster: &'a Cluster,
+    data: PathBuf,
+    port: u16,
+}
+
+impl<'a> Standby<'a> {
+    fn start(cluster: &'a Cluster) -> Self {
+        let data = cluster.folder().join("standby");
+        let port = free_port();
+        let copied = cluster
+            .as_server_user(cluster.bin("pg_basebackup"))
+            .args(["--host", "127.0.0.1", "--username", SUPERUSER])
+            .args(["--port", &cluster.port().to_string()])
+            .args(["--write-recovery-conf", "--checkpoint", "fast", "--pgdata"])
+            .arg(&data)
+            .output()
+            .expect("pg_basebackup runs");
+        assert!(copied.status.success(), "pg_basebackup: {copied:?}");
+        let standby = Standby {
+            cluster,
+            data,
+            port,
+        };
+        assert!(standby.pg_ctl("start"), "the standby does not start");
+        standby
+    }
+
+    fn pg_ctl(&self, action: &str) -> bool {
+        let status = self
+            .cluster
+            .as_server_user(self.cluster.bin("pg_ctl"))
+            .args(["--wait", "--silent", "--mode", "immediate", "--pgdata"])
+            .arg(&self.data)
+            .arg("--log")
+            .arg(self.data.with_extension("log"))
+            .arg("--options")
+            .arg(format!("-p {}", self.port))
+            .arg(action)
+            .status();
+        status.expect("pg_ctl runs").success()
+    }
+}
+
+impl Drop for Standby<'_> {
+    fn drop(&mut self) {
+        self.pg_ctl("stop");
+    }
+}
+
+#[test]
+fn a_standby_refuses_to_read_forwards_and_answers_everything_else() {
+    own_cluster(|cluster| {
+        let standby = Standby::start(cluster);
+        for install in Install::ALL {
+            let db = cluster.database(install);
+            default_org(&db);
+            let mut primary = db.service();
+            primary.exec(
+                "select nightowls.create_projection('carts', 'cart', \
+                 '{\"otherwise\": [{\"op\": \"add\", \"path\": \"n\"}]}')",
+            );
+            primary.exec(&append("first"));
+
+            let arrived = || {
+                let mut session = Session::connect(standby.port, db.name(), SERVICE).ok()?;
+                session
+                    .try_value("select nightowls.state('carts', 'first')")
+                    .ok()?
+            };
+            wait_until(
+                "the standby has replayed it",
+                Duration::from_secs(30),
+                || arrived().as_deref() == Some(r#"{"n": 1}"#),
+            );
+
+            let mut reader = Session::connect(standby.port, db.name(), SERVICE).expect("connects");
+            for refused in [
+                "select * from nightowls.read_events()",
+                "select * from nightowls.read_events(1000)",
+            ] {
+                assert_eq!(
+                    reader.refused(refused).code,
+                    "55000",
+                    "{install}: {refused}"
+                );
+            }
+            for answered in [
+                "select event_type from nightowls.read_aggregate('cart', 'first')",
+                "select event_type from nightowls.recent_events()",
+                "select event_type from nightowls.last_event('cart', 'first')",
+            ] {
+                assert_eq!(
+                    lines(&mut reader, answered),
+                    ["first"],
+                    "{install}: {answered}"
+                );
+            }
         }
     });
 }

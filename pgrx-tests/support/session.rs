@@ -67,7 +67,8 @@ impl From<postgres::Error> for Refusal {
 }
 
 impl Session {
-    pub(super) fn connect(port: u16, database: &str, role: &str) -> Result<Self, Refusal> {
+    /// A session of `role` on that port of 127.0.0.1; most tests ask their [`Db`] for one.
+    pub fn connect(port: u16, database: &str, role: &str) -> Result<Self, Refusal> {
         let client = Config::new()
             .host("127.0.0.1")
             .port(port)
