@@ -463,9 +463,10 @@ fn no_setting_of_ours_opens_a_door_for_the_service() {
         for setting in [
             "select set_config('nightowls.door', pg_current_xact_id() || '|append', true)",
             "select set_config('nightowls.door', pg_current_xact_id() || '|project', true)",
-            "select set_config('nightowls.door', pg_current_xact_id() || '|compact', true)",
+            "select set_config('nightowls.door', pg_current_xact_id() || '|maintain', true)",
             "select set_config('nightowls.held', pg_current_xact_id() || '|256:0|#0', true)",
             "select nightowls._open_door('append')",
+            "select nightowls._open_door('maintain')",
             "set row_security = off",
         ] {
             for (sql, code) in [
@@ -591,6 +592,138 @@ fn a_door_left_open_by_another_transaction_is_shut_for_the_owner_too() {
                 assert_eq!(refusal.code, code, "{setting}: {sql}\n{refusal}");
             }
         }
+        assert_eq!(digest(db), before);
+    });
+}
+
+/// The service with the right to change the log, which nothing of ours gives it.
+fn bold_service(db: &Db) -> Session {
+    db.owner().exec(&format!(
+        "grant update, delete, truncate on nightowls.events to {SERVICE}"
+    ));
+    db.service()
+}
+
+#[test]
+fn the_door_for_maintenance_opens_in_functions_of_the_owner_only() {
+    on_each_install(|db| {
+        a_log(db);
+        let before = digest(db);
+        let mut service = bold_service(db);
+        for door in [
+            "select nightowls._open_door('maintain')",
+            "select set_config('nightowls.door', pg_current_xact_id() || '|maintain', true)",
+            "select set_config('nightowls.door', '|maintain', true)",
+            "select set_config('nightowls.door', 'maintain', true)",
+        ] {
+            for sql in [
+                "update nightowls.events set payload = '{}'",
+                "delete from nightowls.events",
+                "truncate nightowls.events",
+                "insert into nightowls.events (aggregate_type, aggregate_id, version, event_type) values ('cart', 'c', 2, 'made')",
+            ] {
+                service.exec("begin");
+                service.exec(door);
+                let refusal = service.refused(sql);
+                service.exec("rollback");
+                let code = if sql.starts_with("insert") {
+                    "22023"
+                } else {
+                    "NW008"
+                };
+                assert_eq!(refusal.code, code, "{door}: {sql}\n{refusal}");
+            }
+        }
+        // Nor for the owner: with another purpose, of another transaction, and for TRUNCATE never.
+        let mut owner = db.owner();
+        for (door, sql) in [
+            (
+                "select nightowls._open_door('append')",
+                "delete from nightowls.events",
+            ),
+            (
+                "select nightowls._open_door('project')",
+                "update nightowls.events set payload = '{}'",
+            ),
+            (
+                "select nightowls._open_door('maintain|x')",
+                "delete from nightowls.events",
+            ),
+            (
+                "select set_config('nightowls.door', '3|maintain', true)",
+                "delete from nightowls.events",
+            ),
+            (
+                "select nightowls._open_door('maintain')",
+                "truncate nightowls.events",
+            ),
+            (
+                "select nightowls._open_door('maintain'); select nightowls._shut_door()",
+                "delete from nightowls.events",
+            ),
+        ] {
+            owner.exec("begin");
+            owner.exec(door);
+            let refusal = owner.refused(sql);
+            owner.exec("rollback");
+            assert_eq!(refusal.code, "NW008", "{door}: {sql}\n{refusal}");
+        }
+        assert_eq!(digest(db), before);
+    });
+}
+
+#[test]
+fn the_door_for_maintenance_is_shut_after_an_error_and_after_its_transaction() {
+    on_each_install(|db| {
+        a_log(db);
+        let mut owner = db.owner();
+        // As a function of ours does it; the caller has no right of its own to change the log.
+        owner.exec(&format!(
+            "create schema app; grant usage on schema app to {SERVICE};
+             create function app.forget(id text, fails boolean default false) returns bigint
+               language plpgsql security definer set search_path to pg_catalog, pg_temp as $$
+             declare v_door text := coalesce(current_setting('nightowls.door', true), ''); v_count bigint;
+             begin
+               perform nightowls._open_door('maintain');
+               delete from nightowls.events e where e.aggregate_id = id;
+               get diagnostics v_count = row_count;
+               if fails then raise exception 'no'; end if;
+               perform set_config('nightowls.door', v_door, true);
+               return v_count;
+             end $$;
+             revoke all on function app.forget(text, boolean) from public;
+             grant execute on function app.forget(text, boolean) to {SERVICE}"
+        ));
+        let mut service = bold_service(db);
+        let before = digest(db);
+
+        service.exec("begin; savepoint before");
+        assert_eq!(
+            service.refused("select app.forget('b', true)").code,
+            "P0001"
+        );
+        service.exec("rollback to before");
+        for session in [&mut service, &mut owner] {
+            assert_eq!(
+                session.refused("delete from nightowls.events").code,
+                "NW008"
+            );
+        }
+        service.exec("rollback");
+        owner.exec(
+            "do $$ begin perform app.forget('b', true); exception when raise_exception then null; end $$",
+        );
+        assert_eq!(digest(db), before);
+
+        let mut caller = db.service();
+        caller.exec("begin");
+        assert_eq!(caller.value("select app.forget('b')").as_deref(), Some("1"));
+        let refusal = caller.refused("delete from nightowls.events");
+        caller.exec("rollback");
+        assert_eq!(refusal.code, "NW008");
+
+        owner.exec("begin; select nightowls._open_door('maintain'); commit");
+        assert_eq!(owner.refused("delete from nightowls.events").code, "NW008");
         assert_eq!(digest(db), before);
     });
 }

@@ -69,6 +69,48 @@ revoke all on function nightowls._is_restoring() from public;
 
 -- The append-only guard ---------------------------------------------------------------------------
 
+-- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|append, <xid>|project… or
+-- <xid>|maintain. It is shut before the function returns, and counts for the log only in a function of the owner's: a
+-- setting can be set by anybody.
+create function nightowls._open_door(purpose text)
+  returns text
+  language sql
+  volatile
+  parallel unsafe
+  return set_config('nightowls.door', pg_current_xact_id()::text || '|' || purpose, true);
+
+revoke all on function nightowls._open_door(text) from public;
+
+create function nightowls._shut_door()
+  returns text
+  language sql
+  volatile
+  parallel unsafe
+  return set_config('nightowls.door', '', true);
+
+revoke all on function nightowls._shut_door() from public;
+
+-- Nobody is ever given this one: to have the right is to be the owner, or a function of the owner's.
+create function nightowls._owner()
+  returns void
+  language sql
+  immutable
+  parallel safe
+  return null;
+
+revoke all on function nightowls._owner() from public;
+
+-- Compaction, restoring and erasure change the log through this door; nothing truncates it.
+create function nightowls._is_maintaining()
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return coalesce(current_setting('nightowls.door', true), '') = pg_current_xact_id()::text || '|maintain'
+     and has_function_privilege('nightowls._owner()'::regprocedure, 'execute');
+
+revoke all on function nightowls._is_maintaining() from public;
+
 create function nightowls._refuse_change()
   returns trigger
   language plpgsql
@@ -78,6 +120,9 @@ create function nightowls._refuse_change()
 as $$
 #variable_conflict use_column
 begin
+  if tg_op <> 'TRUNCATE' and nightowls._is_maintaining() then
+    return null;
+  end if;
   raise exception '%.% is append-only', tg_table_schema, tg_table_name
     using errcode = 'NW008',
           detail = format('%s is refused, whoever asks.', tg_op),
@@ -125,37 +170,6 @@ create function nightowls._lock_key(number bigint)
   return (((number + 2147483648) & 4294967295) - 2147483648)::int;
 
 revoke all on function nightowls._lock_key(bigint) from public;
-
--- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|append or <xid>|project…. It is
--- shut before the function returns, and counts for an append only in a function of the owner's: a setting can be set by
--- anybody.
-create function nightowls._open_door(purpose text)
-  returns text
-  language sql
-  volatile
-  parallel unsafe
-  return set_config('nightowls.door', pg_current_xact_id()::text || '|' || purpose, true);
-
-revoke all on function nightowls._open_door(text) from public;
-
-create function nightowls._shut_door()
-  returns text
-  language sql
-  volatile
-  parallel unsafe
-  return set_config('nightowls.door', '', true);
-
-revoke all on function nightowls._shut_door() from public;
-
--- Nobody is ever given this one: to have the right is to be the owner, or a function of the owner's.
-create function nightowls._owner()
-  returns void
-  language sql
-  immutable
-  parallel safe
-  return null;
-
-revoke all on function nightowls._owner() from public;
 
 create function nightowls._is_append()
   returns boolean
