@@ -1,9 +1,9 @@
 # shellcheck shell=bash
 # shellcheck disable=SC2154 # root comes from common.sh, bin from demo.sh
 # The demo's throwaway server: source it after common.sh. Everything of it is under .demo/; it listens on a socket
-# there and nowhere else, so that it meets no other server.
+# there and nowhere else, so that it meets no other server. NIGHTOWLS_DEMO_HOME names another folder than .demo/.
 
-home=$root/.demo
+home=${NIGHTOWLS_DEMO_HOME:-$root/.demo}
 port=55415
 
 # Postgres refuses to run as root: then it runs as postgres, or nobody.

@@ -102,6 +102,9 @@ else
   leave_out 'cargo pgrx package (cargo-pgrx is not installed)'
 fi
 
+stage 'the demo'
+run 'demo' scripts/test-demo.sh "$target/demo-test"
+
 version_of() { # <program>: its version in a word, or nothing
   PATH=$PATH:/usr/sbin "$1" --version 2>/dev/null | grep -oE '[0-9]+(\.[0-9]+)+' | head -n 1
 }
