@@ -618,6 +618,42 @@ fn a_tombstone_ends_a_state_and_the_next_op_starts_again() {
 }
 
 #[test]
+fn an_erased_event_ends_a_state_whatever_the_reducer() {
+    on_each_install(|db| {
+        let mut s = db.owner();
+        for reducer in [
+            r#"{"initial": {"n": 0}, "on": {"add": [{"op": "add", "path": "n"}]}}"#,
+            r#"{"initial": {"n": 0}, "otherwise": [{"op": "add", "path": "n"}]}"#,
+        ] {
+            for (types, result) in [
+                ("add add nightowls.erased", "null"),
+                ("nightowls.erased nightowls.erased", "null"),
+                ("add nightowls.erased add", r#"{"n": 1}"#),
+            ] {
+                let state = s.value(&format!(
+                    "select nightowls.fold_state({}, null,
+                              (select jsonb_agg(jsonb_build_object('event_type', t.name) order by t.number)
+                                 from unnest(string_to_array('{types}', ' ')) with ordinality t (name, number)))",
+                    quote(reducer)
+                ));
+                assert_eq!(state.as_deref().unwrap_or("null"), result, "{types}");
+            }
+        }
+
+        let refused = s.refused(
+            r#"select nightowls.check_reducer('{"on": {"nightowls.erased": [{"op": "add", "path": "n"}]}}')"#,
+        );
+        assert_eq!(
+            (refused.code.as_str(), refused.message.as_str()),
+            (
+                "22023",
+                "reducer is not valid at on.\"nightowls.erased\""
+            )
+        );
+    });
+}
+
+#[test]
 fn null_events_are_skipped_and_the_reducer_must_stay_the_same() {
     on_each_install(|db| {
         let mut s = db.owner();
@@ -875,7 +911,8 @@ fn a_service_may_fold_and_check() {
 fn with_twin(db: &Db) -> Session {
     let twin = include_str!("../sql/plain/fold.sql")
         .replace("nightowls.", "twin.")
-        .replace("twin.events", "nightowls.events");
+        .replace("twin.events", "nightowls.events")
+        .replace("twin.erased", "nightowls.erased");
     let mut s = db.owner();
     s.exec("create schema twin");
     s.exec(&twin);
@@ -1324,6 +1361,11 @@ impl Random {
             let on: Vec<_> = (0..3)
                 .map(|_| {
                     let event_type = self.pick(&["paid", "sent", "order paid", "\\u00e9\\\"", ""]);
+                    let event_type = if self.one_in(120) {
+                        "nightowls.erased"
+                    } else {
+                        event_type
+                    };
                     format!("\"{event_type}\":{}", self.ops())
                 })
                 .collect();
@@ -1348,7 +1390,8 @@ impl Random {
                 "order paid",
                 "\\u00e9\\\"",
                 "",
-                "other"
+                "other",
+                "nightowls.erased"
             ])
         );
         let payload = match self.below(12) {

@@ -346,9 +346,13 @@ begin
        and (_fold_by_handler.to_version is null or e.version <= _fold_by_handler.to_version)
      order by e.version
   loop
-    execute 'select ' || _fold_by_handler.handler || '($1, $2)'
-       into _fold_by_handler.state
-      using _fold_by_handler.state, v_event;
+    if v_event.event_type = 'nightowls.erased' then
+      _fold_by_handler.state := null; -- Ends a state, whatever the handler; the next event begins anew.
+    else
+      execute 'select ' || _fold_by_handler.handler || '($1, $2)'
+         into _fold_by_handler.state
+        using _fold_by_handler.state, v_event;
+    end if;
     _fold_by_handler.version := v_event.version;
     _fold_by_handler."position" := v_event."position";
   end loop;

@@ -347,6 +347,9 @@ begin
   end loop;
 
   for v_key in select k.key from jsonb_object_keys(check_reducer.reducer -> 'on') k (key) loop
+    if v_key = 'nightowls.erased' then
+      perform nightowls._fold_refuse('on."nightowls.erased"', 'An erased event ends the state, always.');
+    end if;
     perform nightowls._fold_check_ops(check_reducer.reducer -> 'on' -> v_key, 'on.' || nightowls._fold_name(v_key));
   end loop;
   if check_reducer.reducer ? 'otherwise' then
@@ -592,6 +595,10 @@ begin
     _fold_step.progress.initial := coalesce(_fold_step.reducer -> 'initial', '{}');
     _fold_step.progress.types := '{}';
     _fold_step.progress.ops := '{}';
+  end if;
+  if _fold_step.event_type = 'nightowls.erased' then
+    _fold_step.progress.state := null;
+    return _fold_step.progress;
   end if;
 
   v_list := array_position(_fold_step.progress.types, _fold_step.event_type);

@@ -14,6 +14,10 @@ const MAX_SEGMENTS: usize = 32;
 /// What may stand at either end of a segment only in quotes.
 const WHITE_SPACE: [char; 6] = [' ', '\t', '\n', '\x0b', '\x0c', '\r'];
 
+/// The type of an event that was erased, and of the one that says so: it ends a
+/// state whatever the reducer.
+const ERASED: &str = "nightowls.erased";
+
 /// A reducer, ready to run.
 #[derive(Debug, Default)]
 pub struct Reducer {
@@ -142,11 +146,20 @@ impl Reducer {
         let initial = object("initial")?;
         let mut on = HashMap::new();
         for (event_type, list) in object("on")?.iter() {
-            on.insert(
-                event_type.to_owned(),
-                Ops::read(list, &format!("on.{}", name(event_type)))?,
-            );
+            let place = format!("on.{}", name(event_type));
+            if event_type == ERASED {
+                return Invalid::at(place, "An erased event ends the state, always.");
+            }
+            on.insert(event_type.to_owned(), Ops::read(list, &place)?);
         }
+        let erased = Ops {
+            list: vec![Op {
+                action: Action::Tombstone,
+                path: Vec::new(),
+            }],
+            ..Ops::default()
+        };
+        on.insert(ERASED.to_owned(), erased);
         let otherwise = match reducer.get("otherwise") {
             Some(list) => Ops::read(list, "otherwise")?,
             None => Ops::default(),
