@@ -645,10 +645,7 @@ fn an_erased_event_ends_a_state_whatever_the_reducer() {
         );
         assert_eq!(
             (refused.code.as_str(), refused.message.as_str()),
-            (
-                "22023",
-                "reducer is not valid at on.\"nightowls.erased\""
-            )
+            ("22023", "reducer is not valid at on.\"nightowls.erased\"")
         );
     });
 }

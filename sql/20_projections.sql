@@ -127,6 +127,24 @@ create trigger t05_projection_only
   instead of insert or update or delete on nightowls.projection_states
   for each row execute function nightowls._refuse_write();
 
+-- Who stores what it derives from events in a transaction of its own, not that of their append, calls this in a statement before it reads
+-- them: it keeps erasures of the org waiting (org null: all orgs' erasures, where views are refreshed), or it could write back
+-- what was erased meanwhile.
+create function nightowls._share_erasure(org uuid)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  perform pg_advisory_xact_lock_shared(nightowls._lock_class(263), coalesce(uuid_hash(_share_erasure.org), 0));
+end;
+$$;
+
+revoke all on function nightowls._share_erasure(uuid) from public;
+
 -- Folds what is new of some aggregates, up to a version (null: the head), into the stored states of their reducer
 -- projections.
 -- Definer: nobody else may write states.

@@ -255,6 +255,7 @@ create function nightowls._begin_build(org uuid, name text)
 as $$
 #variable_conflict use_column
 begin
+  perform nightowls._share_erasure(_begin_build.org);
   perform pg_advisory_xact_lock(
     nightowls._lock_class(259), hashtext(_begin_build.org::text || '/' || _begin_build.name));
   return nextval('nightowls.projection_generations');
@@ -652,6 +653,7 @@ begin
     return; -- Kept by each append and not behind.
   end if;
 
+  perform nightowls._share_erasure(v_org);
   v_lagging := nightowls._lagging(v_projection);
   if v_projection.kind = 'reducer' then
     if v_lagging.ids <> '{}' then

@@ -268,6 +268,7 @@ begin
   if exists (
        select from nightowls.projections p
         where p.org_id = _refresh_view.org and p.name = _refresh_view.name and p.kind = 'view') then
+    perform nightowls._share_erasure(null);
     execute format('refresh materialized view concurrently nightowls.%I', '_view_' || _refresh_view.name);
     update nightowls.projections p
        set refreshed_at = clock_timestamp()
