@@ -12,6 +12,7 @@ mod fixture;
 mod fold;
 mod harness;
 mod horizon;
+mod import;
 mod locks;
 mod migration;
 mod orm;

@@ -550,7 +550,7 @@ fn an_older_schema_moves_over_as_the_page_says() {
         owner.exec(
             "create schema nightowls;
              create table nightowls.order_events (
-               id bigint primary key, order_id text, kind text, body jsonb, created_at timestamptz);
+               id bigint primary key, order_id text, kind text, body jsonb, created_at timestamp);
              insert into nightowls.order_events
              select i, 'o' || i % 3, 'order_changed', jsonb_build_object('n', i), '2020-01-01'
                from generate_series(1, 30) i;",
@@ -560,7 +560,7 @@ fn an_older_schema_moves_over_as_the_page_says() {
         owner.exec(org);
         owner.exec(history);
         let moved = owner.value(
-            "select count(*) || ' ' || max(version) || ' ' || min(metadata ->> 'recorded_at')::timestamptz::date
+            "select count(*) || ' ' || max(version) || ' ' || (min(created_at) at time zone 'UTC')::date
                from nightowls.events
               where version = ((payload ->> 'n')::bigint + 2) / 3",
         );

@@ -12,6 +12,7 @@ const OWNERS: &[&str] = &[
     "create_type_index",
     "create_view_projection",
     "grant_service",
+    "import_events",
     "migration_files",
 ];
 
@@ -147,6 +148,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
             [
                 "_projection_states select",
                 "events select",
+                "imports select",
                 "org_members delete insert select update",
                 "orgs delete insert select update",
                 "projection_states select",

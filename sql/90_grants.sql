@@ -19,7 +19,7 @@ begin
 
   execute format('grant usage on schema nightowls to %I', grant_service.role);
   execute format('grant select on nightowls.events, nightowls.routes, nightowls.projections, nightowls._projection_states, '
-                 'nightowls.projection_states, nightowls.settings, nightowls.orgs, nightowls.org_members to %I', grant_service.role);
+                 'nightowls.projection_states, nightowls.imports, nightowls.settings, nightowls.orgs, nightowls.org_members to %I', grant_service.role);
   -- Neither position nor created_at: they are not the caller's to choose.
   execute format('grant insert (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id) '
                  'on nightowls.events to %I', grant_service.role);
@@ -49,7 +49,7 @@ create function nightowls._owner_functions()
   immutable
   parallel safe
   return array['grant_service', '_owner_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
-               'migration_files', '_await_appends'];
+               'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 
 revoke all on function nightowls._owner_functions() from public;
 

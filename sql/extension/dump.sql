@@ -4,6 +4,7 @@ select pg_catalog.pg_extension_config_dump('nightowls.orgs', '');
 select pg_catalog.pg_extension_config_dump('nightowls.org_members', '');
 select pg_catalog.pg_extension_config_dump('nightowls.events', '');
 select pg_catalog.pg_extension_config_dump('nightowls.events_position_seq', '');
+select pg_catalog.pg_extension_config_dump('nightowls.imports', '');
 select pg_catalog.pg_extension_config_dump('nightowls.routes', '');
 select pg_catalog.pg_extension_config_dump('nightowls.projections', '');
 select pg_catalog.pg_extension_config_dump('nightowls._projection_states', '');
