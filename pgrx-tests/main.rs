@@ -24,4 +24,3 @@ mod readme;
 mod supabase;
 mod support;
 mod tenancy;
-mod wait;
