@@ -24,3 +24,4 @@ mod readme;
 mod supabase;
 mod support;
 mod tenancy;
+mod wait;

@@ -33,7 +33,7 @@ begin
      where p.pronamespace = 'nightowls'::regnamespace
        and p.proname not in (select unnest(nightowls._owner_functions()))
   loop
-    execute format('grant execute on function %s to %I', v_function, grant_service.role);
+    execute format('grant execute on routine %s to %I', v_function, grant_service.role);
   end loop;
 end;
 $$;

@@ -63,6 +63,8 @@ sql_files! {
     Plain "prologue" "../sql/plain/prologue.sql",
     Both "errors" "../sql/03_errors.sql",
     Both "tenancy" "../sql/05_tenancy.sql",
+    Extension "wait" "../sql/extension/wait.sql",
+    Plain "wait" "../sql/plain/wait.sql",
     Both "events" "../sql/10_events.sql",
     Both "append" "../sql/12_append.sql",
     Both "reads" "../sql/14_reads.sql",

@@ -8,12 +8,21 @@
 //! | [`install`] | the ordered list of SQL files |
 //! | [`migration`] | that list as an extension script or as migrations |
 //! | [`fold`] | folding events into state |
+//! | [`wait`] | sleeping until a transaction has committed |
 
 #[cfg(feature = "extension")]
 mod error;
 pub mod fold;
 pub mod install;
 pub mod migration;
+pub mod wait;
 
 #[cfg(feature = "extension")]
 pgrx::pg_module_magic!(name, version);
+
+/// Called when the library is loaded.
+#[cfg(feature = "extension")]
+#[pgrx::pg_guard]
+pub extern "C-unwind" fn _PG_init() {
+    wait::init();
+}

@@ -41,6 +41,8 @@ pub struct Cluster {
     library_path: Option<PathBuf>,
     templates: [OnceLock<Result<(), String>>; 2],
     poolers: Mutex<BTreeMap<u16, u16>>,
+    /// Other tests use it too.
+    shared: bool,
     keeper: Child,
 }
 
@@ -52,7 +54,27 @@ pub struct Cluster {
 pub fn server() -> Arc<Cluster> {
     static SERVER: OnceLock<Result<Arc<Cluster>, String>> = OnceLock::new();
     SERVER
-        .get_or_init(|| Cluster::start(&[]).map(Arc::new))
+        .get_or_init(|| Cluster::start_shared(&[]))
+        .clone()
+        .unwrap_or_else(|reason| panic!("{reason}"))
+}
+
+/// Another that all tests of this process share: it has loaded the library as it
+/// started, and takes many sessions.
+///
+/// # Panics
+///
+/// As [`server`].
+pub fn preloaded_server() -> Arc<Cluster> {
+    static SERVER: OnceLock<Result<Arc<Cluster>, String>> = OnceLock::new();
+    SERVER
+        .get_or_init(|| {
+            let settings = [
+                ("shared_preload_libraries", "nightowls"),
+                ("max_connections", "700"),
+            ];
+            Cluster::start_shared(&settings)
+        })
         .clone()
         .unwrap_or_else(|reason| panic!("{reason}"))
 }
@@ -77,6 +99,12 @@ pub fn free_port() -> u16 {
 }
 
 impl Cluster {
+    fn start_shared(settings: &[(&str, &str)]) -> Result<Arc<Self>, String> {
+        let mut cluster = Self::start(settings)?;
+        cluster.shared = true;
+        Ok(Arc::new(cluster))
+    }
+
     fn start(settings: &[(&str, &str)]) -> Result<Self, String> {
         let bin = std::env::var_os("NIGHTOWLS_SERVER")
             .map(PathBuf::from)
@@ -105,6 +133,7 @@ impl Cluster {
             server_user,
             templates: Default::default(),
             poolers: Mutex::default(),
+            shared: false,
             keeper,
         };
         cluster.initialize(settings)?;
@@ -391,7 +420,7 @@ impl Cluster {
 
     fn refuse_if_shared(&self) {
         assert!(
-            self.folder != server().folder,
+            !self.shared,
             "other tests are using this server: use own_cluster"
         );
     }

@@ -20,7 +20,9 @@ use std::io::Write as _;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
-pub use cluster::{Cluster, free_port, own_cluster, own_cluster_with, server};
+pub use cluster::{
+    Cluster, free_port, kill, own_cluster, own_cluster_with, preloaded_server, server,
+};
 pub use database::Db;
 pub use session::{Refusal, Session};
 

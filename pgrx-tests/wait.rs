@@ -1,0 +1,738 @@
+//! Waiting: who is woken, when, and what a sleeper costs others.
+
+use std::fs;
+use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use crate::fixture::{Random, default_org, lines, together};
+use crate::support::{
+    Cluster, Db, Install, Refusal, SERVICE, STRANGER, Session, kill, own_cluster_with,
+    preloaded_server, server, wait_until,
+};
+
+/// Longer than any test takes: whoever sleeps so long was forgotten.
+const LONG: &str = "600000";
+
+/// Both installs, and the extension on a server that has loaded it at its start.
+fn on_each_server(test: impl Fn(&Db)) {
+    let servers = [
+        (
+            "preloaded extension",
+            preloaded_server(),
+            Install::Extension,
+        ),
+        ("extension", server(), Install::Extension),
+        ("plain", server(), Install::Plain),
+    ];
+    for (name, server, install) in servers {
+        let run = AssertUnwindSafe(|| test(&server.database(install)));
+        if let Err(panic) = catch_unwind(run) {
+            eprintln!("failed on: {name}");
+            resume_unwind(panic);
+        }
+    }
+}
+
+/// As [`on_each_server`], where sleepers are woken.
+fn on_each_that_wakes(test: impl Fn(&Db)) {
+    test(&preloaded_server().database(Install::Extension));
+    if server().major() >= 17 {
+        test(&server().database(Install::Extension));
+    }
+}
+
+fn nap(key: &str) -> String {
+    format!("select nightowls._nap('{key}', nightowls._wake_count('{key}'), 0, {LONG})")
+}
+
+/// Waits until all of these backends have lain down.
+#[track_caller]
+fn until_asleep(db: &Db, pids: &[i32]) {
+    let mut watcher = db.superuser();
+    let list = pids.iter().map(i32::to_string).collect::<Vec<_>>();
+    let asleep = format!(
+        "select count(*) from pg_stat_activity where pid in ({}) and wait_event_type in ('Extension', 'Timeout')",
+        list.join(", ")
+    );
+    let count = Some(pids.len().to_string());
+    wait_until("everybody sleeps", Duration::from_secs(60), || {
+        watcher.value(&asleep) == count
+    });
+}
+
+/// Makes a table of flags and `naps_until(key, flag)`, which naps until the flag
+/// is up and returns how often it slept.
+fn make_flags(db: &Db) {
+    db.superuser().exec(&format!(
+        "create table public.flags (name text); \
+         grant select, insert on public.flags to {SERVICE}; \
+         create function public.naps_until(key text, flag text) returns int language plpgsql as $$ \
+         declare \
+           v_seen bigint := nightowls._wake_count(naps_until.key); \
+           v_nth int := 0; \
+         begin \
+           loop \
+             if exists (select from public.flags f where f.name = naps_until.flag) then \
+               return v_nth; \
+             end if; \
+             v_seen := nightowls._nap(naps_until.key, v_seen, v_nth, {LONG}); \
+             v_nth := v_nth + 1; \
+           end loop; \
+         end; \
+         $$"
+    ));
+}
+
+/// Runs `meanwhile` while a session naps for a flag; returns how often it slept
+/// until the flag was up.
+fn naps_during(db: &Db, key: &str, meanwhile: impl FnOnce(&mut Session)) -> u32 {
+    make_flags(db);
+    let mut sleeper = db.session(SERVICE);
+    let pid = sleeper.pid();
+    thread::scope(|scope| {
+        let slept =
+            scope.spawn(move || sleeper.value(&format!("select public.naps_until('{key}', 'up')")));
+        until_asleep(db, &[pid]);
+        let mut waker = db.session(SERVICE);
+        meanwhile(&mut waker);
+        waker.exec(&format!(
+            "begin; insert into public.flags values ('up'); select nightowls._wake('{key}'); commit"
+        ));
+        slept
+            .join()
+            .expect("the sleeper wakes")
+            .and_then(|naps| naps.parse().ok())
+            .expect("a number of naps")
+    })
+}
+
+#[test]
+fn a_server_can_wake_if_it_has_loaded_the_library_or_is_new_enough() {
+    let can = |cluster: &std::sync::Arc<Cluster>, install| {
+        cluster
+            .database(install)
+            .session(SERVICE)
+            .value("select nightowls._can_wake()")
+    };
+    let expected = |can: bool| Some(if can { "t" } else { "f" }.to_owned());
+    assert_eq!(can(&preloaded_server(), Install::Extension), expected(true));
+    assert_eq!(
+        can(&server(), Install::Extension),
+        expected(server().major() >= 17)
+    );
+    assert_eq!(can(&server(), Install::Plain), expected(false));
+    assert_eq!(can(&preloaded_server(), Install::Plain), expected(false));
+}
+
+#[test]
+fn a_sleeper_finds_what_its_waker_committed() {
+    on_each_server(|db| {
+        let naps = naps_during(db, "bell", |_| ());
+        assert!(naps >= 1);
+    });
+}
+
+#[test]
+fn only_its_own_key_wakes_a_sleeper() {
+    on_each_that_wakes(|db| {
+        let naps = naps_during(db, "bell", |waker| {
+            for number in 0..300 {
+                waker.exec(&format!("select nightowls._wake('bell {number}')"));
+            }
+            let elsewhere = db.cluster().database(Install::Extension);
+            elsewhere
+                .session(SERVICE)
+                .exec("select nightowls._wake('bell')");
+        });
+        assert_eq!(naps, 1);
+    });
+}
+
+#[test]
+fn a_transaction_that_rolls_back_wakes_nobody() {
+    on_each_that_wakes(|db| {
+        let naps = naps_during(db, "bell", |waker| {
+            for _ in 0..20 {
+                waker.exec("begin; select nightowls._wake('bell'); rollback");
+                waker.refused("begin; select nightowls._wake('bell'); select 1 / 0");
+                waker.exec("rollback");
+                waker.refused("select nightowls._wake('bell'), 1 / (random() > 2)::int");
+            }
+            // What was forgotten does not come back with the next commit.
+            waker.exec("select nightowls._wake('another')");
+        });
+        assert_eq!(naps, 1);
+    });
+}
+
+#[test]
+fn a_rolled_back_savepoint_keeps_no_wake_up_from_anybody() {
+    on_each_server(|db| {
+        make_flags(db);
+        let mut sleeper = db.session(SERVICE);
+        let pid = sleeper.pid();
+        thread::scope(|scope| {
+            let slept = scope.spawn(move || sleeper.exec("select public.naps_until('bell', 'up')"));
+            until_asleep(db, &[pid]);
+            db.session(SERVICE).exec(
+                "begin; select nightowls._wake('bell'); savepoint a; select nightowls._wake('bell'); \
+                 select nightowls._wake('other'); rollback to a; \
+                 insert into public.flags values ('up'); commit",
+            );
+            slept.join().expect("the sleeper wakes");
+        });
+    });
+}
+
+#[test]
+fn nobody_is_woken_before_the_wakers_locks_are_free() {
+    const ROUNDS: usize = 60;
+    on_each_that_wakes(|db| {
+        let org = default_org(db);
+        // The answer of a look right after the nap: the log shows a new event only
+        // when its append holds nothing any more. Many locks take long to free.
+        db.superuser().exec(&format!(
+            "create function public.next_event(after bigint) returns text language plpgsql as $$ \
+             declare \
+               v_seen bigint := nightowls._wake_count('log'); \
+               v_found bigint; \
+             begin \
+               select e.position into v_found from nightowls.read_events(next_event.after) e limit 1; \
+               if v_found is not null then return 'too early'; end if; \
+               perform nightowls._nap('log', v_seen, 0, {LONG}); \
+               select e.position into v_found from nightowls.read_events(next_event.after) e limit 1; \
+               if v_found is null then return 'woken too early'; end if; \
+               return v_found; \
+             end; \
+             $$"
+        ));
+        let mut sleeper = db.session(SERVICE);
+        let pid = sleeper.pid();
+        let mut waker = db.session(SERVICE);
+        let mut after = "0".to_owned();
+        for round in 0..ROUNDS {
+            let look = format!(
+                "select set_config('nightowls.org_id', '{org}', false); select public.next_event({after})"
+            );
+            after = thread::scope(|scope| {
+                let found =
+                    scope.spawn(|| sleeper.rows(&look).pop().and_then(|mut row| row.remove(0)));
+                until_asleep(db, &[pid]);
+                waker.exec(&format!(
+                    "begin; select count(pg_advisory_xact_lock(7, i)) from generate_series(1, 500) i; \
+                     select nightowls._wake('log'); \
+                     select nightowls.append_event('cart', '{round}', 'opened'); commit"
+                ));
+                found.join().expect("the sleeper wakes").expect("an answer")
+            });
+            assert!(after.parse::<i64>().is_ok(), "{after}");
+        }
+    });
+}
+
+#[test]
+fn more_keys_than_a_transaction_remembers_wake_everybody() {
+    on_each_that_wakes(|db| {
+        make_flags(db);
+        let sleepers: Vec<_> = (0..3)
+            .map(|_| {
+                let mut session = db.session(SERVICE);
+                (session.pid(), session)
+            })
+            .collect();
+        let pids: Vec<_> = sleepers.iter().map(|(pid, _)| *pid).collect();
+        thread::scope(|scope| {
+            for ((_, mut session), key) in sleepers.into_iter().zip(["k1", "k100", "not named"]) {
+                scope.spawn(move || {
+                    session.exec(&format!("select public.naps_until('{key}', 'up')"))
+                });
+            }
+            until_asleep(db, &pids);
+            db.session(SERVICE).exec(
+                "begin; insert into public.flags values ('up'); \
+                 select nightowls._wake('k' || i) from generate_series(1, 100) i; commit",
+            );
+        });
+    });
+}
+
+#[test]
+fn no_more_sleepers_are_woken_than_asked_for() {
+    on_each_that_wakes(|db| {
+        let mut sessions: Vec<_> = (0..6).map(|_| db.session(SERVICE)).collect();
+        let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
+        thread::scope(|scope| {
+            let sleepers: Vec<_> = sessions
+                .into_iter()
+                .map(|mut session| scope.spawn(move || session.exec(&nap("one by one"))))
+                .collect();
+            until_asleep(db, &pids);
+            let mut waker = db.session(SERVICE);
+            let mut watcher = db.superuser();
+            let still_asleep = "select count(*) from pg_stat_activity \
+                                where datname = current_database() and wait_event_type = 'Extension'";
+            for (waiters, left) in [(1, 5), (2, 3), (0, 3), (1, 2)] {
+                waker.exec(&format!("select nightowls._wake('one by one', {waiters})"));
+                wait_until("so many still sleep", Duration::from_secs(20), || {
+                    watcher.value(still_asleep) == Some(left.to_string())
+                });
+            }
+            // Twice for one is for two.
+            waker.exec(
+                "begin; select nightowls._wake('one by one', 1); select nightowls._wake('one by one', 1); commit",
+            );
+            for sleeper in sleepers {
+                sleeper.join().expect("everybody was woken");
+            }
+        });
+    });
+}
+
+#[test]
+fn no_wake_up_is_lost_among_many_workers_and_senders() {
+    const WORKERS: usize = 12;
+    const SENDERS: usize = 6;
+    const TRANSACTIONS: u64 = 250;
+    on_each_server(|db| {
+        db.superuser().exec(&format!(
+            "create table public.jobs (job bigint generated always as identity primary key, last boolean); \
+             create table public.done (job bigint, worker int); \
+             grant select, insert, update, delete on public.jobs, public.done to {SERVICE}; \
+             create function public.take() returns bigint language sql volatile as $$ \
+               delete from public.jobs where job = (select job from public.jobs where not last \
+                 order by job limit 1 for update skip locked) returning job $$; \
+             create procedure public.work(worker int, inout late int) language plpgsql as $$ \
+             declare \
+               v_seen bigint; \
+               v_job bigint; \
+               v_nth int := 0; \
+               v_start timestamptz; \
+             begin \
+               late := 0; \
+               loop \
+                 v_seen := nightowls._wake_count('jobs'); \
+                 loop \
+                   v_job := public.take(); \
+                   exit when v_job is null; \
+                   insert into public.done values (v_job, worker); \
+                   v_nth := 0; \
+                   commit; \
+                 end loop; \
+                 exit when exists (select from public.jobs where last); \
+                 v_start := clock_timestamp(); \
+                 v_seen := nightowls._nap('jobs', v_seen, v_nth, {LONG}); \
+                 v_nth := v_nth + 1; \
+                 if clock_timestamp() - v_start > interval '9 s' then late := late + 1; end if; \
+                 commit; \
+               end loop; \
+             end; \
+             $$"
+        ));
+        let late = thread::scope(|scope| {
+            let workers: Vec<_> = (0..WORKERS)
+                .map(|worker| {
+                    let mut session = db.session(SERVICE);
+                    scope.spawn(move || session.value(&format!("call public.work({worker}, null)")))
+                })
+                .collect();
+            let sent: u64 = together(
+                SENDERS,
+                |_| db.session(SERVICE),
+                |number, mut session| {
+                    let mut random = Random::new(number as u64 + 11);
+                    let mut sent = 0;
+                    for _ in 0..TRANSACTIONS {
+                        let jobs = 1 + random.below(3);
+                        let end = if random.chance(20) {
+                            "rollback"
+                        } else {
+                            "commit"
+                        };
+                        let savepoint = if random.chance(20) {
+                            "savepoint a; insert into public.jobs (last) values (false); \
+                             select nightowls._wake('jobs', 1); rollback to a; "
+                        } else {
+                            ""
+                        };
+                        let wake = if random.chance(50) {
+                            format!("select nightowls._wake('jobs', {jobs})")
+                        } else {
+                            "select nightowls._wake('jobs')".to_owned()
+                        };
+                        session.exec(&format!(
+                            "begin; {savepoint}{wake}; insert into public.jobs (last) \
+                             select false from generate_series(1, {jobs}); {end}"
+                        ));
+                        if end == "commit" {
+                            sent += jobs;
+                        }
+                    }
+                    sent
+                },
+            )
+            .into_iter()
+            .sum();
+            let mut watcher = db.superuser();
+            let done = "select count(*) || ' ' || count(distinct job) from public.done";
+            let all = Some(format!("{sent} {sent}"));
+            wait_until("every job is done once", Duration::from_secs(60), || {
+                watcher.value(done) == all
+            });
+            watcher.exec(
+                "begin; insert into public.jobs (last) values (true); select nightowls._wake('jobs'); commit",
+            );
+            workers
+                .into_iter()
+                .map(|worker| {
+                    worker
+                        .join()
+                        .expect("a worker ends")
+                        .expect("how often it was late")
+                })
+                .collect::<Vec<_>>()
+        });
+        // A nap that ended by itself while there was work or the end to be seen.
+        assert!(late.iter().all(|late| late == "0"), "late: {late:?}");
+    });
+}
+
+#[test]
+fn a_nap_can_be_cancelled_terminated_and_timed_out() {
+    on_each_server(|db| {
+        // In a loop, as its callers do: a twin's nap is short.
+        make_flags(db);
+        let wait = "select public.naps_until('bell', 'up')";
+        let interrupted = |mut session: Session, how: &str| -> (Refusal, Session) {
+            let pid = session.pid();
+            thread::scope(|scope| {
+                let ended = scope.spawn(move || (session.refused(wait), session));
+                until_asleep(db, &[pid]);
+                db.superuser().exec(&format!("select {how}({pid})"));
+                ended.join().expect("the nap ends")
+            })
+        };
+
+        let (refusal, mut session) = interrupted(db.session(SERVICE), "pg_cancel_backend");
+        assert_eq!(refusal.code, "57014");
+        session.exec("set statement_timeout = '50 ms'");
+        assert_eq!(session.refused(wait).code, "57014");
+        session.exec("reset statement_timeout");
+        let (refusal, _) = interrupted(session, "pg_terminate_backend");
+        assert!(
+            ["57P01", "08006"].contains(&refusal.code.as_str()),
+            "{refusal}"
+        );
+    });
+}
+
+#[test]
+fn a_wake_up_for_one_that_is_cancelled_goes_to_the_next() {
+    on_each_that_wakes(|db| {
+        for (round, how) in ["pg_cancel_backend", "pg_terminate_backend"]
+            .into_iter()
+            .flat_map(|how| [(0, how), (1, how)])
+        {
+            let mut sessions: Vec<_> = (0..2).map(|_| db.session(SERVICE)).collect();
+            let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
+            thread::scope(|scope| {
+                let sleepers: Vec<_> = sessions
+                    .into_iter()
+                    .map(|mut session| scope.spawn(move || session.try_exec(&nap("relay"))))
+                    .collect();
+                until_asleep(db, &pids);
+                // Neither can move until the one wake-up has been given to one of them,
+                // and one of them will not look: in one of two rounds it is the same.
+                for pid in &pids {
+                    kill("-STOP", &pid.to_string());
+                }
+                db.session(SERVICE)
+                    .exec("select nightowls._wake('relay', 1)");
+                db.superuser()
+                    .exec(&format!("select {how}({})", pids[round]));
+                for pid in &pids {
+                    kill("-CONT", &pid.to_string());
+                }
+                let ended: Vec<_> = sleepers
+                    .into_iter()
+                    .map(|sleeper| sleeper.join().expect("a session ends its call"))
+                    .collect();
+                assert!(ended[round].is_err());
+                ended[1 - round].as_ref().expect("the other is woken");
+            });
+        }
+    });
+}
+
+#[test]
+fn five_hundred_sleepers_cost_nothing_block_nobody_and_all_wake() {
+    const SLEEPERS: usize = 500;
+    const MEASURED: Duration = Duration::from_secs(2);
+    let db = preloaded_server().database(Install::Extension);
+    let mut sessions: Vec<_> = (0..SLEEPERS).map(|_| db.session(SERVICE)).collect();
+    let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
+    thread::scope(|scope| {
+        let sleepers: Vec<_> = sessions
+            .into_iter()
+            .map(|mut session| {
+                thread::Builder::new()
+                    .stack_size(256 * 1024)
+                    .spawn_scoped(scope, move || session.exec(&nap("many")))
+                    .expect("a thread starts")
+            })
+            .collect();
+        until_asleep(&db, &pids);
+
+        let locks = "select distinct locktype, mode from pg_locks l join pg_stat_activity a using (pid) \
+                     where a.datname = current_database() and a.wait_event_type = 'Extension'";
+        assert_eq!(
+            lines(&mut db.superuser(), locks),
+            ["virtualxid ExclusiveLock"]
+        );
+        db.superuser()
+            .exec("begin; lock table nightowls.events in access exclusive mode nowait; commit");
+
+        let before = ticks(&pids);
+        let start = Instant::now();
+        wait_until("the time is over", MEASURED * 2, || {
+            start.elapsed() >= MEASURED
+        });
+        let spent = ticks(&pids) - before;
+        // A tick is 10 ms: 1 % of a core would be two of them.
+        assert!(spent <= 10, "{spent} ticks in {MEASURED:?}");
+
+        db.session(SERVICE).exec("select nightowls._wake('many')");
+        for sleeper in sleepers {
+            sleeper.join().expect("everybody wakes");
+        }
+    });
+}
+
+/// The processor time that these processes have had, in ticks of the system.
+fn ticks(pids: &[i32]) -> u64 {
+    pids.iter()
+        .map(|pid| {
+            let stat = fs::read_to_string(format!("/proc/{pid}/stat")).expect("it runs");
+            let (_, fields) = stat.rsplit_once(") ").expect("a name in parentheses");
+            let fields: Vec<_> = fields.split(' ').collect();
+            fields[11..13]
+                .iter()
+                .map(|field| field.parse::<u64>().expect("a number of ticks"))
+                .sum::<u64>()
+        })
+        .sum()
+}
+
+#[test]
+fn what_a_prepared_transaction_committed_is_found_without_a_wake_up() {
+    let db = preloaded_server().database(Install::Extension);
+    naps_during(&db, "bell", |waker| {
+        waker.exec(
+            "begin; insert into public.flags values ('up'); select nightowls._wake('bell'); \
+             prepare transaction 'wait'",
+        );
+        waker.exec("commit prepared 'wait'");
+        // The flag is up for whoever wakes; nobody says so until the longest nap is
+        // over, unless the sleeper was woken by the preparation only after this.
+        let pending = "select 1 from pg_stat_activity where datname = current_database() \
+                       and wait_event_type = 'Extension'";
+        let mut watcher = db.superuser();
+        wait_until("the sleeper has looked", Duration::from_secs(40), || {
+            watcher.value(pending).is_none()
+        });
+    });
+}
+
+#[test]
+fn the_procedure_commits_and_holds_no_snapshot_while_it_sleeps() {
+    on_each_server(|db| {
+        make_flags(db);
+        db.superuser().exec(&format!(
+            "create procedure public.wait_in_procedure(key text) language plpgsql as $$ \
+             declare \
+               v_seen bigint; \
+               v_nth int := 0; \
+             begin \
+               insert into public.flags values ('begun'); \
+               loop \
+                 v_seen := nightowls._wake_count(wait_in_procedure.key); \
+                 exit when exists (select from public.flags f where f.name = 'up'); \
+                 call nightowls._nap_without_snapshot(wait_in_procedure.key, v_seen, v_nth, {LONG}); \
+                 v_nth := v_nth + 1; \
+               end loop; \
+               insert into public.flags values ('ended'); \
+             end; \
+             $$"
+        ));
+        let mut sleeper = db.session(SERVICE);
+        let pid = sleeper.pid();
+        thread::scope(|scope| {
+            let slept = scope.spawn(move || {
+                sleeper.exec("call public.wait_in_procedure('bell')");
+                sleeper
+            });
+            until_asleep(db, &[pid]);
+            let mut watcher = db.superuser();
+            let flags = || {
+                lines(
+                    &mut db.superuser(),
+                    "select name from public.flags order by 1",
+                )
+            };
+            wait_until("its work is committed", Duration::from_secs(20), || {
+                flags() == ["begun"]
+            });
+            if db.install() == Install::Extension {
+                let held = "select coalesce(backend_xmin::text, 'none'), coalesce(backend_xid::text, 'none'), \
+                                   (select count(*) from pg_locks l where l.pid = a.pid and l.locktype <> 'virtualxid') \
+                              from pg_stat_activity a";
+                // Where it is not woken it sleeps again and again: it may be looking.
+                wait_until("it sleeps with nothing", Duration::from_secs(20), || {
+                    let held =
+                        format!("{held} where pid = {pid} and wait_event_type = 'Extension'");
+                    lines(&mut watcher, &held) == ["none none 0"]
+                });
+            }
+            db.session(SERVICE).exec(
+                "begin; insert into public.flags values ('up'); select nightowls._wake('bell'); commit",
+            );
+            let mut sleeper = slept.join().expect("it is woken");
+            assert_eq!(flags(), ["begun", "ended", "up"]);
+
+            let refused = |session: &mut Session, sql: &str| session.refused(sql).code;
+            let call = "call nightowls._nap_without_snapshot('bell', 0, 0, 1)";
+            assert_eq!(refused(&mut sleeper, &format!("begin; {call}")), "2D000");
+            sleeper.exec("rollback");
+            assert_eq!(
+                refused(
+                    &mut sleeper,
+                    &format!(
+                        "do $$ begin {call}; exception when division_by_zero then null; end $$"
+                    )
+                ),
+                "2D000"
+            );
+            sleeper.exec(call);
+            sleeper.exec(&format!("do $$ begin {call}; end $$"));
+        });
+    });
+}
+
+#[test]
+fn a_procedure_that_sleeps_can_be_interrupted() {
+    on_each_server(|db| {
+        let loops = format!(
+            "do $$ begin for i in 1 .. 1000000 loop \
+             call nightowls._nap_without_snapshot('bell', nightowls._wake_count('bell'), i, {LONG}); \
+             end loop; end $$"
+        );
+        let mut session = db.session(SERVICE);
+        let pid = session.pid();
+        thread::scope(|scope| {
+            let ended = scope.spawn(|| session.refused(&loops).code);
+            until_asleep(db, &[pid]);
+            db.superuser()
+                .exec(&format!("select pg_cancel_backend({pid})"));
+            assert_eq!(ended.join().expect("the nap ends"), "57014");
+        });
+        assert_eq!(session.value("select 1").as_deref(), Some("1"));
+    });
+}
+
+#[test]
+fn a_nap_without_time_or_with_news_returns_at_once() {
+    on_each_server(|db| {
+        let mut session = db.session(SERVICE);
+        session.exec("select nightowls._nap('bell', nightowls._wake_count('bell'), 0, 0)");
+        session.exec("select nightowls._nap('bell', nightowls._wake_count('bell'), 0, -5)");
+        session.exec("select nightowls._nap('bell', nightowls._wake_count('bell'), -3, 1)");
+        // An older count: somebody has woken since.
+        session.exec(&format!(
+            "select nightowls._nap('bell', nightowls._wake_count('bell') - 1, 0, {LONG})"
+        ));
+        assert_eq!(
+            session.value(&format!(
+                "select nightowls._nap(null, 0, 0, {LONG}) is null"
+            )),
+            Some("t".to_owned())
+        );
+        assert_eq!(
+            session.value("select nightowls._wake(null)").as_deref(),
+            Some("t")
+        );
+    });
+}
+
+#[test]
+fn the_server_recovers_when_a_sleeper_is_killed() {
+    let settings = [("shared_preload_libraries", "nightowls")];
+    own_cluster_with(&settings, |cluster| {
+        let db = cluster.database(Install::Extension);
+        let mut sessions: Vec<_> = (0..3).map(|_| db.session(SERVICE)).collect();
+        let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
+        thread::scope(|scope| {
+            for mut session in sessions {
+                scope.spawn(move || session.refused(&nap("bell")));
+            }
+            until_asleep(&db, &pids);
+            kill("-KILL", &pids[0].to_string());
+        });
+        wait_until("the server is back", Duration::from_secs(60), || {
+            Session::connect(db.port(), db.name(), SERVICE).is_ok()
+        });
+        let naps = naps_during(&db, "bell", |_| ());
+        assert_eq!(naps, 1);
+        assert_eq!(
+            db.session(SERVICE)
+                .value("select nightowls._wake_count('bell')")
+                .as_deref(),
+            Some("1")
+        );
+    });
+}
+
+#[test]
+fn a_sleeper_stops_neither_drop_extension_nor_a_new_one() {
+    on_each_that_wakes(|db| {
+        let mut sleeper = db.superuser();
+        let pid = sleeper.pid();
+        thread::scope(|scope| {
+            let slept = scope.spawn(move || {
+                sleeper.exec(&nap("bell"));
+                sleeper
+            });
+            until_asleep(db, &[pid]);
+            let mut owner = db.superuser();
+            owner.exec("drop extension nightowls; create extension nightowls; select nightowls._wake('bell')");
+            let mut sleeper = slept.join().expect("it is woken");
+            sleeper.exec("select nightowls._wake_count('bell')");
+        });
+    });
+}
+
+#[test]
+fn a_parallel_worker_wakes_nobody() {
+    on_each_that_wakes(|db| {
+        let setting = if db.cluster().major() >= 16 {
+            "debug_parallel_query"
+        } else {
+            "force_parallel_mode"
+        };
+        let mut session = db.superuser();
+        session.exec(&format!(
+            "create function public.wakes() returns boolean language plpgsql parallel safe as $$ \
+             begin return nightowls._wake('bell'); end $$; set {setting} = on"
+        ));
+        assert_eq!(session.refused("select public.wakes()").code, "25000");
+    });
+}
+
+#[test]
+fn strangers_neither_wake_nor_sleep() {
+    on_each_server(|db| {
+        let mut stranger = db.session(STRANGER);
+        for call in ["select nightowls._wake('bell')", &nap("bell")] {
+            assert_eq!(stranger.refused(call).code, "42501");
+        }
+    });
+}
