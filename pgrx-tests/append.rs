@@ -286,7 +286,7 @@ fn an_event_is_kept_as_it_was_given() {
 }
 
 #[test]
-fn a_fence_is_refused_while_there_are_no_floors() {
+fn a_fence_that_was_never_granted_is_refused() {
     on_each_install(|db| {
         default_org(db);
         let mut service = db.service();

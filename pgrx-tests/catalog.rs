@@ -20,8 +20,7 @@ const ONLY_IN_THE_EXTENSION: &[&str] = &[
 /// they do: private, with the caller's rights. Whoever calls the first two has
 /// pinned its own; the triggers name nothing that is not qualified. Nor does a
 /// procedure that commits, which it could not do with a path of its own.
-const UNPINNED: &str =
-    "'_fold_step', '_hold', '_before_insert', '_after_insert', '_nap_without_snapshot'";
+const UNPINNED: &str = "'_fold_step', '_hold', '_before_insert', '_after_insert', '_nap_without_snapshot', 'acquire_floor'";
 
 /// Asserts that the rule `sql` asks for has no exception: each row is one.
 #[track_caller]

@@ -41,6 +41,9 @@ fn fill_log(db: &Db) -> String {
     service.exec(
         "begin; select nightowls.append_event('order', 'o2', 'counted', '{\"by\": 1}'); rollback",
     );
+    service.exec(
+        "select nightowls.request_floor('thread', 'ann', request_id => 'r1'), nightowls.request_floor('thread', 'bob')",
+    );
     org
 }
 
@@ -91,6 +94,8 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.projections",
         "nightowls._projection_states",
         "nightowls.projection_states",
+        "nightowls.floors",
+        "nightowls.floor_tickets",
     ];
     let theirs = ["public.calls", "public.balances", "nightowls._view_totals"];
     for table in ours.iter().chain(theirs.iter().filter(|_| read_models)) {
@@ -157,6 +162,27 @@ fn assert_alive(db: &Db, read_models: bool) {
             "select count(*) = (select count(*) from nightowls.read_events(max_events => 100000)) from nightowls.events where org_id = nightowls.current_org()"
         ),
         "t"
+    );
+    // The holder goes on with its fence, the next in line keeps its place and gets a later one.
+    service.exec(
+        "select nightowls.append_event('order', 'guarded', 'noted', container => 'thread', fence => f.fence) \
+           from nightowls.floors f where f.org_id = nightowls.current_org() and f.container = 'thread'",
+    );
+    assert_eq!(
+        lines(
+            &mut service,
+            "select a.granted, a.ticket from nightowls.request_floor('thread', 'ann', request_id => 'r1') a \
+              union all select a.granted, a.ticket from nightowls.request_floor('thread', 'bob') a"
+        ),
+        ["t 1", "f 2"]
+    );
+    assert_eq!(
+        lines(
+            &mut service,
+            "with f as materialized (select fence from nightowls.floors) \
+             select nightowls.release_floor('thread', 'ann', f.fence), (nightowls.request_floor('thread', 'bob')).fence > f.fence from f"
+        ),
+        ["t t"]
     );
     for (sql, code) in [
         ("update nightowls.events set payload = '{}'", "NW008"),

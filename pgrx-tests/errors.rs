@@ -152,8 +152,12 @@ fn what_postgres_raises_on_our_objects_is_what_the_page_says() {
             ),
         );
         refused(
+            "2D000",
+            "begin; call nightowls.acquire_floor('conversation', 'ann')",
+        );
+        refused(
             "57014",
-            "begin; set local statement_timeout = 10; select pg_sleep(1)",
+            "rollback; begin; set local statement_timeout = 10; select pg_sleep(1)",
         );
         refused(
             "25P02",

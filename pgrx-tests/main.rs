@@ -9,6 +9,7 @@ mod catalog;
 mod dump;
 mod errors;
 mod fixture;
+mod floors;
 mod fold;
 mod harness;
 mod horizon;

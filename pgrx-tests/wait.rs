@@ -15,7 +15,7 @@ use crate::support::{
 const LONG: &str = "600000";
 
 /// Both installs, and the extension on a server that has loaded it at its start.
-fn on_each_server(test: impl Fn(&Db)) {
+pub fn on_each_server(test: impl Fn(&Db)) {
     let servers = [
         (
             "preloaded extension",
@@ -35,7 +35,7 @@ fn on_each_server(test: impl Fn(&Db)) {
 }
 
 /// As [`on_each_server`], where sleepers are woken.
-fn on_each_that_wakes(test: impl Fn(&Db)) {
+pub fn on_each_that_wakes(test: impl Fn(&Db)) {
     test(&preloaded_server().database(Install::Extension));
     if server().major() >= 17 {
         test(&server().database(Install::Extension));

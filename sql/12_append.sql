@@ -4,27 +4,6 @@ create type nightowls.append_result as ("position" bigint, version bigint);
 
 comment on type nightowls.append_result is 'Where an appended event stands: its position in the log, its version in the aggregate.';
 
--- Floors come with their own file; until a floor can be held, no fence is good.
-create function nightowls._assert_fence(org uuid, container text, fence bigint)
-  returns void
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-begin
-  if _assert_fence.container is null or _assert_fence.fence is null then
-    raise exception 'container and fence must be given together'
-      using errcode = 'null_value_not_allowed';
-  end if;
-  raise exception 'floor "%" is not held with fence %', _assert_fence.container, _assert_fence.fence
-    using errcode = 'NW003', hint = 'Request the floor again; what was read under the old fence may be out of date.';
-end;
-$$;
-
-revoke all on function nightowls._assert_fence(uuid, text, bigint) from public;
-
 create function nightowls._refuse_names(aggregate_type text, aggregate_id text, event_type text)
   returns void
   language plpgsql
@@ -215,7 +194,7 @@ begin
   loop
     if _append_one.event_id is not null then
       select e.* into v_known
-        from nightowls.all_events e
+        from nightowls.events e
        where e.org_id = _append_one.org
          and e.event_id = _append_one.event_id;
       if found then
@@ -372,7 +351,7 @@ begin
     ), s as (
       select distinct on (b.aggregate_no) b.aggregate_no, e.aggregate_type, e.aggregate_id, e.version - b.nth as base
         from b
-        join nightowls.all_events e on e.org_id = _known_batch.org and e.event_id = b.event_id
+        join nightowls.events e on e.org_id = _known_batch.org and e.event_id = b.event_id
        order by b.aggregate_no, b.nth
     )
     select e.aggregate_type, e.aggregate_id, e."position", e.version
@@ -380,7 +359,7 @@ begin
       join s on s.aggregate_no = b.aggregate_no
             and s.aggregate_type = _known_batch.aggregate_types[b.aggregate_no]
             and s.aggregate_id = _known_batch.aggregate_ids[b.aggregate_no]
-      join nightowls.all_events e
+      join nightowls.events e
         on e.org_id = _known_batch.org
        and e.aggregate_type = s.aggregate_type
        and e.aggregate_id = s.aggregate_id
@@ -419,7 +398,7 @@ begin
   return exists (
     select from unnest(_is_any_known.event_ids) as i (event_id)
      where (select true
-              from nightowls.all_events e
+              from nightowls.events e
              where e.org_id = _is_any_known.org and e.event_id = i.event_id));
 end;
 $$;
