@@ -150,7 +150,11 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
         assert_eq!(
             rights,
             [
+                "_consumer_failures select",
+                "_consumer_offsets select",
                 "_projection_states select",
+                "consumer_lag select",
+                "consumers select",
                 "events select",
                 "floor_status select",
                 "floor_tickets select",
@@ -158,6 +162,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "imports select",
                 "org_members delete insert select update",
                 "orgs delete insert select update",
+                "parked_events select",
                 "projection_states select",
                 "projections select",
                 "routes select",
@@ -406,6 +411,10 @@ fn operators_functions_and_tables_of_the_same_names_in_the_search_path_change_no
 const CALLS: &[(&str, &str)] = &[
     ("acquire_floor", "call nightowls.acquire_floor('c', 'a')"),
     (
+        "alter_consumer",
+        "select nightowls.create_consumer('c'); select nightowls.alter_consumer('c', members => 2)",
+    ),
+    (
         "alter_projection",
         r#"select nightowls.alter_projection('tally', '{"otherwise": [{"op": "add", "path": "m"}]}')"#,
     ),
@@ -427,17 +436,29 @@ const CALLS: &[(&str, &str)] = &[
     ),
     ("await_floor", "select nightowls.await_floor('c', 'a', 1)"),
     ("check_reducer", "select nightowls.check_reducer('{}')"),
+    (
+        "commit_offset",
+        "select nightowls.commit_offset('c', max(position), max(fence)) from nightowls.fetch_events('c')",
+    ),
+    ("create_consumer", "select nightowls.create_consumer('d')"),
     ("create_org", "select nightowls.create_org('new')"),
     (
         "create_projection",
         r#"select nightowls.create_projection('more', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}')"#,
     ),
     ("current_org", "select nightowls.current_org()"),
+    ("drop_consumer", "select nightowls.drop_consumer('d')"),
+    ("drop_parked", "select nightowls.drop_parked('c')"),
     (
         "drop_projection",
         "select nightowls.drop_projection('more')",
     ),
     ("event_id_for", "select nightowls.event_id_for('a', 'b')"),
+    (
+        "fail_event",
+        "select nightowls.seek('c', 0); select nightowls.fail_event('c', min(position), 'x', max(fence)) from nightowls.fetch_events('c')",
+    ),
+    ("fetch_events", "select nightowls.fetch_events('c')"),
     (
         "fold_events",
         "select nightowls.fold_events('{}', e order by e.version) from nightowls.events e",
@@ -451,6 +472,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.heartbeat_floor('c', 'a', fence) from nightowls.floors",
     ),
     ("last_event", "select nightowls.last_event('order', 'a')"),
+    (
+        "park_event",
+        "select nightowls.seek('c', 0); select nightowls.park_event('c', min(position), 'x', max(fence)) from nightowls.fetch_events('c')",
+    ),
     (
         "read_aggregate",
         "select nightowls.read_aggregate('order', 'a')",
@@ -470,7 +495,14 @@ const CALLS: &[(&str, &str)] = &[
         "release_floor",
         "select nightowls.release_floor('c', 'a', fence) from nightowls.floors",
     ),
+    (
+        "renew_lease",
+        "select nightowls.seek('c', 0); select nightowls.renew_lease('c', max(fence)) from nightowls.fetch_events('c')",
+    ),
+    ("replay_parked", "select nightowls.replay_parked('c')"),
     ("request_floor", "select nightowls.request_floor('c', 'a')"),
+    ("seek", "select nightowls.seek('c', 0)"),
+    ("seek_time", "select nightowls.seek_time('c', now())"),
     (
         "set_default_org",
         "select nightowls.set_default_org(nightowls.current_org())",

@@ -68,6 +68,7 @@ sql_files! {
     Both "events" "../sql/10_events.sql",
     Both "append" "../sql/12_append.sql",
     Both "reads" "../sql/14_reads.sql",
+    Both "consumers" "../sql/15_consumers.sql",
     Both "import" "../sql/16_import.sql",
     Extension "fold" "../sql/extension/fold.sql",
     Plain "fold" "../sql/plain/fold.sql",
