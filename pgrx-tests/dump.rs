@@ -254,12 +254,17 @@ fn run(command: &mut Command) -> Vec<u8> {
 /// `pg_dump | psql`, as the owner of the install.
 #[track_caller]
 fn by_psql(from: &Db, to: &Db, options: &[&str]) {
-    let owner = from.install().owner();
+    by_psql_as(from.install().owner(), from, to, options);
+}
+
+/// `pg_dump | psql`, as `role`.
+#[track_caller]
+pub fn by_psql_as(role: &str, from: &Db, to: &Db, options: &[&str]) {
     let script = to.cluster().folder().join(format!("{}.sql", to.name()));
-    let dumped = run(from.command("pg_dump", owner).args(options));
+    let dumped = run(from.command("pg_dump", role).args(options));
     std::fs::write(&script, dumped).expect("the folder takes a file");
     run(to
-        .command("psql", owner)
+        .command("psql", role)
         .args([
             "--no-psqlrc",
             "--quiet",

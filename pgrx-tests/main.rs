@@ -6,6 +6,7 @@ mod append;
 mod append_only;
 mod bad_input;
 mod catalog;
+mod cdc;
 mod consumers;
 mod dump;
 mod errors;

@@ -11,9 +11,14 @@ const OWNERS: &[&str] = &[
     "create_table_projection",
     "create_type_index",
     "create_view_projection",
+    "disable_cdc",
+    "enable_cdc",
     "grant_service",
     "import_events",
     "migration_files",
+    "publish_changes",
+    "publish_table",
+    "unpublish_changes",
 ];
 
 /// Every function as a call with null arguments, with its public name; not those that
@@ -165,6 +170,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "parked_events select",
                 "projection_states select",
                 "projections select",
+                "published_changes select",
                 "routes select",
                 "settings delete insert select update",
             ]

@@ -1654,19 +1654,19 @@ fn projections_of_one_type_keep_apart_and_orgs_too() {
     });
 }
 
-/// One piece of a block of SQL in docs/projections.md, and what the page says comes back.
+/// One piece of a block of SQL on a page, and what the page says comes back.
 struct Example {
     line: usize,
     sql: String,
     promised: Vec<String>,
 }
 
-/// Every piece of SQL of the page: a blank line ends a piece whose result is shown.
-fn examples() -> Vec<Example> {
+/// Every piece of SQL of a page: a blank line ends a piece whose result is shown.
+fn examples(page: &str) -> Vec<Example> {
     let mut examples: Vec<Example> = Vec::new();
     let mut inside = false;
     let mut open = false;
-    for (number, line) in include_str!("../docs/projections.md").lines().enumerate() {
+    for (number, line) in page.lines().enumerate() {
         if line.starts_with("```") {
             inside = line == "```sql";
             open = false;
@@ -1692,8 +1692,15 @@ fn examples() -> Vec<Example> {
 
 #[test]
 fn the_examples_of_the_page_do_what_it_says() {
-    let examples = examples();
-    assert!(examples.len() > 20, "the examples are gone");
+    assert_examples(include_str!("../docs/projections.md"), 20);
+}
+
+/// Runs a page's SQL as the owner, from the first piece to the last. There must be
+/// more than `least` pieces.
+#[track_caller]
+pub fn assert_examples(page: &str, least: usize) {
+    let examples = examples(page);
+    assert!(examples.len() > least, "the examples are gone");
     on_each_route(|db| {
         let mut session = db.owner();
         for example in &examples {

@@ -29,8 +29,9 @@ $$;
 
 revoke all on function nightowls._distance(text, text) from public;
 
--- what: the kind of thing, such as projection; candidates: the names there are, of which at most 100 are compared.
-create function nightowls._refuse_unknown(what text, name text, candidates text[])
+-- what: the kind of thing, such as projection; candidates: the names there are, of which at most 100 are compared; otherwise:
+-- the hint when no name is near, by default that create_<what>() makes one.
+create function nightowls._refuse_unknown(what text, name text, candidates text[], otherwise text default null)
   returns void
   language plpgsql
   volatile
@@ -51,9 +52,9 @@ begin
    limit 1;
   raise exception '% "%" does not exist', _refuse_unknown.what, left(_refuse_unknown.name, 64)
     using errcode = 'NW007',
-          hint = case when v_near is null then format('Make it with nightowls.create_%s().', _refuse_unknown.what)
-                      else format('Did you mean "%s"?', v_near) end;
+          hint = case when v_near is not null then format('Did you mean "%s"?', v_near)
+                      else coalesce(_refuse_unknown.otherwise, format('Make it with nightowls.create_%s().', _refuse_unknown.what)) end;
 end;
 $$;
 
-revoke all on function nightowls._refuse_unknown(text, text, text[]) from public;
+revoke all on function nightowls._refuse_unknown(text, text, text[], text) from public;

@@ -23,6 +23,7 @@ begin
   execute format('grant select on nightowls.floors, nightowls.floor_tickets, nightowls.floor_status to %I', grant_service.role);
   execute format('grant select on nightowls.consumers, nightowls._consumer_offsets, nightowls._consumer_failures, nightowls.consumer_lag, '
                  'nightowls.parked_events to %I', grant_service.role);
+  execute format('grant select on nightowls.published_changes to %I', grant_service.role);
   -- Neither position nor created_at: they are not the caller's to choose.
   execute format('grant insert (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id) '
                  'on nightowls.events to %I', grant_service.role);
@@ -51,7 +52,8 @@ create function nightowls._owner_functions()
   language sql
   immutable
   parallel safe
-  return array['grant_service', '_owner_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
+  return array['enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
+               'grant_service', '_owner_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 
 revoke all on function nightowls._owner_functions() from public;

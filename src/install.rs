@@ -76,6 +76,7 @@ sql_files! {
     Both "states" "../sql/22_states.sql",
     Both "read_models" "../sql/24_read_models.sql",
     Both "floors" "../sql/40_floors.sql",
+    Both "cdc" "../sql/77_cdc.sql",
     Extension "migration" "../sql/extension/migration.sql",
     Both "grants" "../sql/90_grants.sql",
     Extension "dump" "../sql/extension/dump.sql",

@@ -345,6 +345,12 @@ impl Cluster {
             .is_ok_and(|found| found.is_some())
     }
 
+    /// Whether the server has a library of this name, such as an output plugin.
+    pub fn has_library(&self, name: &str) -> bool {
+        self.output_of("pg_config", &["--pkglibdir"])
+            .is_ok_and(|folder| Path::new(folder.trim()).join(format!("{name}.so")).exists())
+    }
+
     /// The path of one of the server's programs: `psql`, `pg_dump`, `pg_restore`.
     pub fn bin(&self, program: &str) -> PathBuf {
         self.bin.join(program)

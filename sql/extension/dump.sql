@@ -15,3 +15,4 @@ select pg_catalog.pg_extension_config_dump('nightowls._projection_states', '');
 select pg_catalog.pg_extension_config_dump('nightowls.projection_generations', '');
 select pg_catalog.pg_extension_config_dump('nightowls.floors', '');
 select pg_catalog.pg_extension_config_dump('nightowls.floor_tickets', '');
+select pg_catalog.pg_extension_config_dump('nightowls.published_changes', '');
