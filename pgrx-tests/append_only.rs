@@ -461,11 +461,10 @@ fn no_setting_of_ours_opens_a_door_for_the_service() {
         let before = digest(db);
         let mut service = db.service();
         for setting in [
-            "select set_config('nightowls.door', pg_current_xact_id() || '|append', true)",
+            "set local search_path to pg_catalog, pg_temp, pg_append",
             "select set_config('nightowls.door', pg_current_xact_id() || '|project', true)",
             "select set_config('nightowls.door', pg_current_xact_id() || '|maintain', true)",
             "select set_config('nightowls.held', pg_current_xact_id() || '|256:0|#0', true)",
-            "select nightowls._open_door('append')",
             "select nightowls._open_door('maintain')",
             "set row_security = off",
         ] {
@@ -576,9 +575,9 @@ fn a_door_left_open_by_another_transaction_is_shut_for_the_owner_too() {
         let before = digest(db);
         let mut owner: Session = db.owner();
         for setting in [
-            "select set_config('nightowls.door', '3|append', false)",
-            "select set_config('nightowls.door', '|append', false)",
-            "begin; select set_config('nightowls.door', pg_current_xact_id() || '|append', false); commit",
+            "select set_config('nightowls.door', '3|maintain', false)",
+            "select set_config('nightowls.door', '|maintain', false)",
+            "begin; select set_config('nightowls.door', pg_current_xact_id() || '|maintain', false); commit",
         ] {
             owner.exec(setting);
             for (sql, code) in [

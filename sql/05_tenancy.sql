@@ -210,13 +210,18 @@ comment on function nightowls.current_org(uuid) is
 
 revoke all on function nightowls.current_org(uuid) from public;
 
--- The same in an expression, for the hot path of a service.
+-- The same in an expression, for the hot path: null means the default org, which a service need not look up itself.
 create function nightowls._caller_org(org uuid)
   returns uuid
   language sql
   stable
   parallel safe
-  return case when nightowls._is_service() then coalesce(org, nightowls._resolve_org()) else nightowls.current_org(org) end;
+  return case
+    when not nightowls._is_service() then nightowls.current_org(org)
+    when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
+      then coalesce(org, nightowls._resolve_org())
+    else org
+  end;
 
 revoke all on function nightowls._caller_org(uuid) from public;
 

@@ -69,9 +69,9 @@ revoke all on function nightowls._is_restoring() from public;
 
 -- The append-only guard ---------------------------------------------------------------------------
 
--- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|append, <xid>|project… or
--- <xid>|maintain. It is shut before the function returns, and counts for the log only in a function of the owner's: a
--- setting can be set by anybody.
+-- nightowls.door says that one of our functions is at work in the transaction it names: <xid>|project… or <xid>|maintain.
+-- It is shut before the function returns, and counts for the log only in a function of the owner's: a setting can be set
+-- by anybody.
 create function nightowls._open_door(purpose text)
   returns text
   language sql
@@ -167,24 +167,25 @@ create function nightowls._lock_key(number bigint)
   immutable
   strict
   parallel safe
-  return (((number + 2147483648) & 4294967295) - 2147483648)::int;
+  return number::bit(32)::int;
 
 revoke all on function nightowls._lock_key(bigint) from public;
 
-create function nightowls._is_append()
-  returns boolean
+-- The last position drawn. Never null, also on a sequence nobody has drawn from yet: lower than the truth does no harm.
+create function nightowls._last_position()
+  returns bigint
   language sql
   volatile
   parallel unsafe
-  return coalesce(current_setting('nightowls.door', true), '') = pg_current_xact_id()::text || '|append'
-     and has_function_privilege('nightowls._owner()'::regprocedure, 'execute');
+  return coalesce(pg_sequence_last_value('nightowls.events_position_seq'::regclass), 0);
 
-revoke all on function nightowls._is_append() from public;
+revoke all on function nightowls._last_position() from public;
 
 -- The hold, taken once a transaction and class, before a position is drawn. nightowls.held remembers it as
 -- <xid>|<class>:<last position>|…#<locks on aggregates>; a rolled-back savepoint takes lock and memory together. After 32
--- classes comes the one that is held against all. It runs in functions of the owner's, which have pinned the search_path.
-create function nightowls._hold(class int)
+-- classes comes the one that is held against all. org: null for all; last: _last_position(), read before.
+-- It runs in functions of the owner's, which have pinned the search_path.
+create function nightowls._hold_again(org uuid, last bigint)
   returns boolean
   language plpgsql
   volatile
@@ -192,30 +193,42 @@ create function nightowls._hold(class int)
 as $$
 #variable_conflict use_column
 declare
-  -- Never null, also on a sequence nobody has drawn from yet: lower than the truth does no harm.
-  v_last bigint := coalesce(pg_sequence_last_value('nightowls.events_position_seq'::regclass), 0);
-  v_held text;
-  v_mark bigint;
+  v_class int := coalesce(nightowls._org_class(_hold_again.org), 256);
+  v_held  text := current_setting('nightowls.held', true);
+  v_mark  bigint;
 begin
-  if starts_with(current_setting('nightowls.held', true), pg_current_xact_id()::text || '|') then
-    v_held := current_setting('nightowls.held', true);
-    if strpos(v_held, '|256:') > 0 or length(v_held) - length(replace(v_held, ':', '')) >= 32 then
-      _hold.class := 256;
-    end if;
-    v_mark := nullif(split_part(split_part(v_held, '|' || _hold.class || ':', 2), '|', 1), '')::bigint;
-    if v_mark <= v_last then
-      -- Asked for again, which costs nothing when it is held: a setting can be forged, a lock cannot.
-      return pg_advisory_xact_lock_shared(nightowls._lock_class(_hold.class), nightowls._lock_key(v_mark)) is not null;
-    end if;
-    v_held := replace(v_held, '#', _hold.class || ':' || v_last || '|#');
+  if starts_with(v_held, pg_current_xact_id()::text || '|') is not true then
+    -- A session's setting is not ours.
+    v_held := pg_current_xact_id()::text || '|#0';
+  elsif strpos(v_held, '|256:') > 0 or length(v_held) - length(replace(v_held, ':', '')) >= 32 then
+    v_class := 256;
   end if;
-  return pg_advisory_xact_lock_shared(nightowls._lock_class(_hold.class), nightowls._lock_key(v_last)) is not null
-     and set_config('nightowls.held',
-                    coalesce(v_held, concat(pg_current_xact_id()::text, '|', _hold.class, ':', v_last, '|#0')), true) <> '';
+  v_mark := nullif(split_part(split_part(v_held, '|' || v_class || ':', 2), '|', 1), '')::bigint;
+  if v_mark <= _hold_again.last then
+    -- Asked for again, which costs nothing when it is held: a setting can be forged, a lock cannot.
+    return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(v_mark)) is not null;
+  end if;
+  return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(_hold_again.last)) is not null
+     and set_config('nightowls.held', replace(v_held, '#', v_class || ':' || _hold_again.last || '|#'), true) <> '';
 end;
 $$;
 
-revoke all on function nightowls._hold(int) from public;
+revoke all on function nightowls._hold_again(uuid, bigint) from public;
+
+-- The first hold of a transaction, mostly the only one, in an expression.
+create function nightowls._hold(org uuid, last bigint)
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return case
+    when current_setting('nightowls.held', true) <> '' then nightowls._hold_again(org, last)
+    else pg_advisory_xact_lock_shared(nightowls._lock_class(nightowls._org_class(org)), nightowls._lock_key(last)) is not null
+         and set_config('nightowls.held',
+                        concat(pg_current_xact_id()::text, '|', nightowls._org_class(org), ':', last, '|#0'), true) is not null
+  end;
+
+revoke all on function nightowls._hold(uuid, bigint) from public;
 
 -- Definer: reading the sequence needs rights that callers lack.
 create function nightowls._hold_against_all()
@@ -228,15 +241,29 @@ create function nightowls._hold_against_all()
 as $$
 #variable_conflict use_column
 begin
-  perform nightowls._hold(256);
+  perform nightowls._hold_again(null, nightowls._last_position());
 end;
 $$;
 
 revoke all on function nightowls._hold_against_all() from public;
 
+-- Whether one of our functions that append is at work. They, and no others, have pg_append at the end of their search_path:
+-- there is no such schema, nor can there be one. With the owner's rights it is the mark by which the triggers let them
+-- pass. It costs nothing to put up and to take down, as a search_path is pinned anyhow, and it ends with the function, however
+-- that ends. Anybody can set a search_path, nobody else has the role.
+create function nightowls._is_append()
+  returns boolean
+  language sql
+  stable
+  parallel safe
+  return current_setting('search_path') = 'pg_catalog, pg_temp, pg_append'
+     and has_function_privilege('nightowls._owner()'::regprocedure, 'execute');
+
+revoke all on function nightowls._is_append() from public;
+
 -- Before a direct insert, of whatever org: held against all. Our functions have taken the hold of their org.
 -- It pins no search_path, as every append of ours pays for it too: all it names is qualified. The same test in a "when" of the
--- trigger would cost ten times as much, for it is planned anew by each insert.
+-- trigger would cost more, for it is planned anew by each insert.
 create function nightowls._before_insert()
   returns trigger
   language plpgsql

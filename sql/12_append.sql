@@ -136,11 +136,12 @@ $$;
 
 revoke all on function nightowls._check_append_arguments(text, text, text, jsonb, bigint, jsonb) from public;
 
--- The append itself. One statement finds the head, holds it against the expectation, inserts, and looks whether anything
--- is to follow. The head comes from the key, not from a counter row: that stays fast while old snapshots are open. The
--- version is right by its making, so the checks of direct inserts are left out. What is done in expressions rather than
--- statements is so for speed: a statement costs as much as five of them.
--- Definer: it draws positions and looks into orgs and routes.
+-- The append itself. One statement finds the org, takes the hold, finds the head, holds it against the expectation, inserts,
+-- and looks whether anything is to follow. The head comes from the key, not from a counter row: that stays fast while old
+-- snapshots are open. The version is right by its making, so the checks of direct inserts are left out.
+-- The result is null when handlers wait for the event: they are user code, and _handle_append() calls them as the one
+-- who appends.
+-- Definer: it draws positions and looks into settings, orgs and routes.
 create function nightowls._append_one(
   org              uuid,
   aggregate_type   text,
@@ -151,37 +152,35 @@ create function nightowls._append_one(
   event_id         uuid,
   metadata         jsonb,
   container        text,
-  fence            bigint,
-  out "position"   bigint,
-  out version      bigint,
-  out handled      boolean
+  fence            bigint
 )
+  returns nightowls.append_result
   language plpgsql
   volatile
   parallel unsafe
   security definer
-  set search_path to pg_catalog, pg_temp
+  set search_path to pg_catalog, pg_temp, pg_append
   set enable_seqscan to off
   set enable_sort to off
   set plan_cache_mode to force_generic_plan
 as $$
 #variable_conflict use_column
 declare
-  v_door    text := coalesce(current_setting('nightowls.door', true), '');
-  v_known   nightowls.events;
-  v_head    bigint;
-  v_lost    bigint;
-  v_done    boolean;
-  v_reduced boolean;
+  v_org      uuid;
+  v_position bigint;
+  v_version  bigint;
+  v_follows  text;
+  v_known    nightowls.events;
+  v_head     bigint;
+  v_lost     bigint;
 begin
-  -- What is small cannot be too deep: a level takes 8 bytes. The rest is looked at more closely.
-  if (row (_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload) is not null
-      and '' <> all (array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type])
-      and octet_length(_append_one.aggregate_type) < 256 and octet_length(_append_one.event_type) < 256
-      and pg_column_size(row (_append_one.aggregate_id, _append_one.payload, _append_one.metadata)) < 800
-      and pg_column_compression(_append_one.payload) is null and pg_column_compression(_append_one.metadata) is null
-      and coalesce(jsonb_typeof(_append_one.metadata), 'object') = 'object'
-      and coalesce(_append_one.expected_version, 0) >= -1
+  -- What is small cannot be too deep: a level takes 8 bytes. In an array nothing is compressed. The rest is looked at more closely.
+  if ('' <> all (array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type])
+      and pg_column_size(array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type]) < 256
+      and pg_column_size(array[_append_one.payload, _append_one.metadata]) < 800
+      and _append_one.payload is not null
+      and (_append_one.metadata is null or jsonb_typeof(_append_one.metadata) = 'object')
+      and (_append_one.expected_version is null or _append_one.expected_version >= -1)
       and _append_one.container is null and _append_one.fence is null) is not true then
     perform nightowls._check_append_arguments(
       _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
@@ -193,6 +192,7 @@ begin
 
   loop
     if _append_one.event_id is not null then
+      _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
       select e.* into v_known
         from nightowls.events e
        where e.org_id = _append_one.org
@@ -200,10 +200,7 @@ begin
       if found then
         if v_known.aggregate_type = _append_one.aggregate_type and v_known.aggregate_id = _append_one.aggregate_id
            and v_known.event_type = _append_one.event_type and v_known.payload = _append_one.payload then
-          "position" := v_known."position";
-          version := v_known.version;
-          handled := false;
-          return;
+          return (v_known."position", v_known.version)::nightowls.append_result;
         end if;
         raise exception 'event % exists already with another body', _append_one.event_id
           using errcode = 'NW002',
@@ -213,42 +210,46 @@ begin
       end if;
     end if;
 
-    v_done := nightowls._hold(nightowls._org_class(_append_one.org))
-              and nightowls._open_door('append') <> '';
     insert into nightowls.events as e
            (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
-    select _append_one.org, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
+    select h.org, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
            _append_one.payload, coalesce(_append_one.metadata, '{}'), _append_one.event_id
-      from (select coalesce((
+      from (select o.org,
+                   coalesce((
                      select x.version
                        from nightowls.events x
-                      where x.org_id = _append_one.org
+                      where x.org_id = o.org
                         and x.aggregate_type = _append_one.aggregate_type
                         and x.aggregate_id = _append_one.aggregate_id
                       order by x.version desc
                       limit 1), 0) as version
+              from (select coalesce(
+                             _append_one.org,
+                             (select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) as org,
+                           nightowls._last_position() as last
+                    offset 0) o
+             where o.org is not null
+               and nightowls._hold(o.org, o.last)
             offset 0) h
      where _append_one.expected_version is null
         or _append_one.expected_version = h.version
         or _append_one.expected_version = -1 and h.version > 0
     on conflict do nothing
-    returning e."position", e.version,
-              exists (select from nightowls.routes r
-                       where r.org_id = _append_one.org and r.aggregate_type = _append_one.aggregate_type collate "C"
-                         and r.kind = 'reducer' offset 0),
-              exists (select from nightowls.routes r
-                       where r.org_id = _append_one.org and r.aggregate_type = _append_one.aggregate_type collate "C"
-                         and r.kind = 'handler' offset 0)
-         into "position", version, v_reduced, handled;
-    v_done := set_config('nightowls.door', v_door, true) is null;
-    if version = 1 then
-      -- An aggregate that is there has been through this.
-      perform nightowls._refuse_no_org(_append_one.org);
+    returning e.org_id, e."position", e.version,
+              (select r.kind
+                 from nightowls.routes r
+                where r.org_id = e.org_id and r.aggregate_type = e.aggregate_type
+                order by r.kind
+                limit 1)
+         into v_org, v_position, v_version, v_follows;
+    if v_version > 1 and v_follows is null and current_setting('transaction_isolation') = 'read committed' then
+      return (v_position, v_version)::nightowls.append_result;
     end if;
-    exit when version is not null;
+    exit when v_version is not null;
 
-    -- Nothing came of it: the expectation is missed, or somebody else's append has taken the version, or brought this
-    -- event_id, and has committed.
+    -- Nothing came of it: there is no org (which raises), or the expectation is missed, or somebody else's append has taken the
+    -- version, or brought this event_id, and has committed.
+    _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
     v_head := (nightowls._heads(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]))[1];
     if _append_one.event_id is not null
        and exists (select from nightowls.events e where e.org_id = _append_one.org and e.event_id = _append_one.event_id) then
@@ -263,17 +264,47 @@ begin
     v_lost := v_head;
   end loop;
 
-  if v_reduced then
-    perform nightowls._project_one(_append_one.org, _append_one.aggregate_type, _append_one.aggregate_id, version);
+  if v_version = 1 then
+    -- An aggregate that is there has been through this.
+    perform nightowls._refuse_no_org(v_org);
   end if;
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
-    perform nightowls._refuse_older_snapshot(_append_one.org);
+    perform nightowls._refuse_older_snapshot(v_org);
   end if;
+  if v_follows is not null then
+    perform nightowls._project_one(v_org, _append_one.aggregate_type, _append_one.aggregate_id, v_version);
+  end if;
+  if v_follows = 'handler' then
+    perform set_config('nightowls.handle', json_build_array(v_org, _append_one.aggregate_type, v_position, v_version)::text, true);
+    return null;
+  end if;
+  return (v_position, v_version)::nightowls.append_result;
 end;
 $$;
 
 revoke all on function nightowls._append_one(uuid, text, text, text, jsonb, bigint, uuid, jsonb, text, bigint) from public;
 
+-- Calls the handlers that wait for the event of _append_one(), and returns what that would have.
+create function nightowls._handle_append()
+  returns nightowls.append_result
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_event json := current_setting('nightowls.handle');
+begin
+  perform nightowls._call_handlers((v_event ->> 0)::uuid, array[v_event ->> 1], array[(v_event ->> 2)::bigint]);
+  return ((v_event ->> 2)::bigint, (v_event ->> 3)::bigint)::nightowls.append_result;
+end;
+$$;
+
+revoke all on function nightowls._handle_append() from public;
+
+-- An expression, so that it is inlined and costs no call of its own. Each argument stands in it once: a volatile one, such as a
+-- new event_id, would forbid that.
 create function nightowls.append_event(
   aggregate_type   text,
   aggregate_id     text,
@@ -287,27 +318,14 @@ create function nightowls.append_event(
   org              uuid default null
 )
   returns nightowls.append_result
-  language plpgsql
+  language sql
   volatile
   parallel unsafe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-declare
-  v_done record;
-begin
-  v_done := nightowls._append_one(
-    nightowls._caller_org(append_event.org), append_event.aggregate_type, append_event.aggregate_id, append_event.event_type,
-    append_event.payload, append_event.expected_version, append_event.event_id, append_event.metadata,
-    append_event.container, append_event.fence);
-  if v_done.handled then
-    -- Handlers are user code and run as the one who appends.
-    perform nightowls._call_handlers(nightowls.current_org(append_event.org), array[append_event.aggregate_type],
-                                     array[v_done."position"]);
-  end if;
-  return (v_done."position", v_done.version)::nightowls.append_result;
-end;
-$$;
+  return coalesce(
+    nightowls._append_one(
+      nightowls._caller_org(org), aggregate_type, aggregate_id, event_type, payload, expected_version, event_id, metadata,
+      container, fence),
+    nightowls._handle_append());
 
 comment on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) is
   'Appends one event and returns its position and version. aggregate_type, aggregate_id: what it is about; event_type: what '
@@ -428,7 +446,7 @@ create function nightowls._append_batch(
   volatile
   parallel unsafe
   security definer
-  set search_path to pg_catalog, pg_temp
+  set search_path to pg_catalog, pg_temp, pg_append
   set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
@@ -437,11 +455,10 @@ declare
   v_ids   uuid[] := array_remove(_append_batch.event_ids, null);
   v_heads bigint[];
   v_no    bigint;
-  v_door  text := coalesce(current_setting('nightowls.door', true), '');
   v_table text;
   v_key   text;
 begin
-  perform nightowls._hold(nightowls._org_class(_append_batch.org));
+  perform nightowls._hold(_append_batch.org, nightowls._last_position());
   loop
     if v_ids <> '{}' and nightowls._is_any_known(_append_batch.org, v_ids) then
       select array_agg(k.aggregate_type), array_agg(k.aggregate_id), array_agg(k."position"), array_agg(k.version)
@@ -466,7 +483,6 @@ begin
     perform nightowls._refuse_no_org(_append_batch.org);
 
     begin
-      perform nightowls._open_door('append');
       if cardinality(v_heads) = 1 then
         -- One aggregate, the usual case: nothing to number or to sort.
         with inserted as (
@@ -499,7 +515,6 @@ begin
           into types, ids, positions, versions
           from inserted i;
       end if;
-      perform set_config('nightowls.door', v_door, true);
       exit;
     exception when unique_violation then
       get stacked diagnostics v_table = table_name, v_key = constraint_name;

@@ -203,18 +203,17 @@ create function nightowls._import_rows(
   language plpgsql
   volatile
   parallel unsafe
-  set search_path to pg_catalog, pg_temp
+  set search_path to pg_catalog, pg_temp, pg_append
   set enable_seqscan to off
   set jit to off
 as $$
 #variable_conflict use_column
 declare
-  v_door  text := coalesce(current_setting('nightowls.door', true), '');
   v_new   bigint[];
   v_heads bigint[];
   v_key   text;
 begin
-  perform nightowls._hold(nightowls._org_class(_import_rows.org));
+  perform nightowls._hold(_import_rows.org, nightowls._last_position());
   loop
     -- Of several with one id the first.
     v_new := array(
@@ -234,7 +233,6 @@ begin
     v_heads := nightowls._heads(_import_rows.org, agg_types, agg_ids);
 
     begin
-      perform nightowls._open_door('append');
       with inserted as (
         insert into nightowls.events as e
                (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id, created_at)
@@ -249,7 +247,6 @@ begin
         returning e."position"
       )
       select array_agg(i."position") into positions from inserted i;
-      perform set_config('nightowls.door', v_door, true);
       return;
     exception when unique_violation then
       get stacked diagnostics v_key = constraint_name;
