@@ -21,7 +21,8 @@ create table nightowls.settings (
 
 comment on table nightowls.settings is
   'Settings of the whole installation, one row each; an absent row means the default. '
-  'default_org: the org of a call that names none.';
+  'default_org: the org of a call that names none. snapshot_every: after how many events of an aggregate new projections take a '
+  'snapshot, 1000 by default, 0 for never.';
 comment on column nightowls.settings.name is 'The setting''s name.';
 comment on column nightowls.settings.value is 'Its value.';
 

@@ -500,6 +500,30 @@ create function nightowls._body_fault(payload jsonb, metadata jsonb)
 
 revoke all on function nightowls._body_fault(jsonb, jsonb) from public;
 
+-- Whether one of these event ids is in the archive: they are not to be used again. A probe for each.
+create function nightowls._is_any_archived(org uuid, event_ids uuid[])
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+begin
+  return exists (
+    select from unnest(_is_any_archived.event_ids) as i (event_id)
+     where (select true
+              from nightowls.events_archive a
+             where a.org_id = _is_any_archived.org and a.event_id = i.event_id));
+end;
+$$;
+
+revoke all on function nightowls._is_any_archived(uuid, uuid[]) from public;
+
 -- Refuses a direct insert that breaks the log's rules; our functions keep them by their making.
 -- Definer: orgs and the sequence are closed to those who append.
 create function nightowls._check_append(
@@ -509,6 +533,7 @@ create function nightowls._check_append(
   versions        bigint[],
   positions       bigint[],
   event_types     text[],
+  event_ids       uuid[],
   body_fault      text
 )
   returns void
@@ -554,7 +579,16 @@ begin
                    when n.position <= coalesce(v_low, 9223372036854775807)
                      or n.position > (select s.last_value from nightowls.events_position_seq s)
                      or n.position > currval('nightowls.events_position_seq') then 'position'
-                   when n.version <= 1 then case when n.version < 1 then 'version' end
+                   when n.version < 1 then 'version'
+                   when n.version = 1 then
+                     -- The first of an aggregate that is there already, though its first event may be archived.
+                     case when (select p.position
+                                  from nightowls.events p
+                                 where p.org_id = _check_append.org
+                                   and p.aggregate_type = n.aggregate_type
+                                   and p.aggregate_id = n.aggregate_id
+                                 order by p.version desc
+                                 limit 1) < n.position then 'version' end
                    when coalesce((
                           select p.position
                             from nightowls.events p
@@ -567,7 +601,10 @@ begin
                         _check_append.positions, _check_append.event_types)
                    as n (aggregate_type, aggregate_id, version, position, event_type)) f;
 
-  if v_fault is null and exists (select from nightowls.orgs o where o.org_id = _check_append.org) then
+  if v_fault is null and _check_append.event_ids <> '{}' and nightowls._is_any_archived(_check_append.org, _check_append.event_ids) then
+    raise exception 'an event with this event_id is in the archive'
+      using errcode = 'unique_violation', hint = 'One event_id names one event; use a new one for a new event.';
+  elsif v_fault is null and exists (select from nightowls.orgs o where o.org_id = _check_append.org) then
     return;
   end if;
 
@@ -589,6 +626,14 @@ begin
       from unnest(_check_append.aggregate_types, _check_append.aggregate_ids, _check_append.versions,
                   _check_append.positions) as n (aggregate_type, aggregate_id, version, position)
      where n.version < 1
+        or n.version = 1 and (
+             select p.position
+               from nightowls.events p
+              where p.org_id = _check_append.org
+                and p.aggregate_type = n.aggregate_type
+                and p.aggregate_id = n.aggregate_id
+              order by p.version desc
+              limit 1) < n.position
         or n.version > 1 and coalesce((
              select p.position
                from nightowls.events p
@@ -608,7 +653,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._check_append(uuid, text[], text[], bigint[], bigint[], text[], text) from public;
+revoke all on function nightowls._check_append(uuid, text[], text[], bigint[], bigint[], text[], uuid[], text) from public;
 
 -- An append above read committed may have a snapshot that is older than a table projection, which it would then not feed;
 -- making one writes to the org, so that this raises 40001.
@@ -696,11 +741,13 @@ begin
     select pg_catalog.array_agg(n.aggregate_type) as types, pg_catalog.array_agg(n.aggregate_id) as ids,
            pg_catalog.array_agg(n.version) as versions, pg_catalog.array_agg(n."position") as positions,
            pg_catalog.array_agg(n.event_type) as kinds,
+           coalesce(pg_catalog.array_agg(n.event_id) filter (where n.event_id is not null), '{}') as event_ids,
            pg_catalog.max(nightowls._body_fault(n.payload, n.metadata)) as fault
       into v_rows
       from inserted n
      where n.org_id operator(pg_catalog.=) v_org;
-    perform nightowls._check_append(v_org, v_rows.types, v_rows.ids, v_rows.versions, v_rows.positions, v_rows.kinds, v_rows.fault);
+    perform nightowls._check_append(v_org, v_rows.types, v_rows.ids, v_rows.versions, v_rows.positions, v_rows.kinds,
+                                    v_rows.event_ids, v_rows.fault);
     if nightowls._after_append(v_org, v_rows.types, v_rows.ids, v_rows.versions) then
       perform nightowls._call_handlers(v_org, v_rows.types, v_rows.positions);
     end if;

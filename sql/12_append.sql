@@ -194,7 +194,7 @@ begin
     if _append_one.event_id is not null then
       _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
       select e.* into v_known
-        from nightowls.events e
+        from nightowls.all_events e
        where e.org_id = _append_one.org
          and e.event_id = _append_one.event_id;
       if found then
@@ -369,7 +369,7 @@ begin
     ), s as (
       select distinct on (b.aggregate_no) b.aggregate_no, e.aggregate_type, e.aggregate_id, e.version - b.nth as base
         from b
-        join nightowls.events e on e.org_id = _known_batch.org and e.event_id = b.event_id
+        join nightowls.all_events e on e.org_id = _known_batch.org and e.event_id = b.event_id
        order by b.aggregate_no, b.nth
     )
     select e.aggregate_type, e.aggregate_id, e."position", e.version
@@ -377,7 +377,7 @@ begin
       join s on s.aggregate_no = b.aggregate_no
             and s.aggregate_type = _known_batch.aggregate_types[b.aggregate_no]
             and s.aggregate_id = _known_batch.aggregate_ids[b.aggregate_no]
-      join nightowls.events e
+      join nightowls.all_events e
         on e.org_id = _known_batch.org
        and e.aggregate_type = s.aggregate_type
        and e.aggregate_id = s.aggregate_id
@@ -416,7 +416,7 @@ begin
   return exists (
     select from unnest(_is_any_known.event_ids) as i (event_id)
      where (select true
-              from nightowls.events e
+              from nightowls.all_events e
              where e.org_id = _is_any_known.org and e.event_id = i.event_id));
 end;
 $$;

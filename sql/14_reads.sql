@@ -54,11 +54,12 @@ $$;
 revoke all on function nightowls._check_max_events(int) from public;
 
 create function nightowls.read_aggregate(
-  aggregate_type text,
-  aggregate_id   text,
-  from_version   bigint default 1,
-  max_events     int default 1000,
-  org            uuid default null
+  aggregate_type   text,
+  aggregate_id     text,
+  from_version     bigint default 1,
+  max_events       int default 1000,
+  include_archived boolean default false,
+  org              uuid default null
 )
   returns setof nightowls.events
   language plpgsql
@@ -76,9 +77,22 @@ declare
   v_org uuid := nightowls.current_org(read_aggregate.org);
 begin
   perform nightowls._check_max_events(read_aggregate.max_events);
-  if read_aggregate.aggregate_type is null or read_aggregate.aggregate_id is null or read_aggregate.from_version is null then
-    raise exception 'aggregate_type, aggregate_id and from_version must not be null'
+  if read_aggregate.aggregate_type is null or read_aggregate.aggregate_id is null or read_aggregate.from_version is null
+     or read_aggregate.include_archived is null then
+    raise exception 'aggregate_type, aggregate_id, from_version and include_archived must not be null'
       using errcode = 'null_value_not_allowed';
+  end if;
+  if read_aggregate.include_archived then
+    return query
+      select e.*
+        from nightowls.all_events e
+       where e.org_id = v_org
+         and e.aggregate_type = read_aggregate.aggregate_type
+         and e.aggregate_id = read_aggregate.aggregate_id
+         and e.version >= read_aggregate.from_version
+       order by e.version
+       limit read_aggregate.max_events;
+    return;
   end if;
   return query
     select e.*
@@ -92,12 +106,12 @@ begin
 end;
 $$;
 
-comment on function nightowls.read_aggregate(text, text, bigint, int, uuid) is
+comment on function nightowls.read_aggregate(text, text, bigint, int, boolean, uuid) is
   'The events of one aggregate in order, from from_version (1 is the first), at most max_events of them; none if the aggregate '
-  'does not exist. org: the tenant. Locks nothing. Raises NW010 if there is no org, 22004 or 22023 for an argument that is null '
+  'does not exist. include_archived: whether to read those that compaction has archived too; deleted ones are gone. org: the tenant. Locks nothing. Raises NW010 if there is no org, 22004 or 22023 for an argument that is null '
   'or not valid.';
 
-revoke all on function nightowls.read_aggregate(text, text, bigint, int, uuid) from public;
+revoke all on function nightowls.read_aggregate(text, text, bigint, int, boolean, uuid) from public;
 
 create function nightowls.read_events(
   after      bigint default 0,

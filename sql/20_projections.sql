@@ -3,6 +3,34 @@
 -- A stored state is the fold of versions 1..version of its aggregate, never anything else. It can be behind (a
 -- projection made or rebuilt while appends were open); whoever needs it folds the rest, so it is never wrong.
 
+-- How often a projection that is made now takes snapshots.
+create function nightowls._default_snapshot_every()
+  returns int
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_value jsonb;
+begin
+  select s.value into v_value from nightowls.settings s where s.name = 'snapshot_every';
+  if not found then
+    return 1000;
+  elsif v_value in ('null', '0') then
+    return null;
+  elsif jsonb_typeof(v_value) = 'number' and v_value::numeric between 1 and 2147483647 and v_value::numeric % 1 = 0 then
+    return v_value::int;
+  end if;
+  raise exception 'setting snapshot_every is not a whole number: %', left(v_value::text, 64)
+    using errcode = 'invalid_parameter_value',
+          hint = 'It is the number of events between two snapshots; 0 or null for none.';
+end;
+$$;
+
+revoke all on function nightowls._default_snapshot_every() from public;
+
 create table nightowls.projections (
   org_id         uuid        not null,
   name           text        collate "C" not null,
@@ -16,11 +44,13 @@ create table nightowls.projections (
   mode           text        not null default 'inline',
   generation     bigint      not null default 0,
   lagging_from   bigint,
+  snapshot_every int         default nightowls._default_snapshot_every(),
   created_at     timestamptz not null default clock_timestamp(),
   refreshed_at   timestamptz,
   constraint projections_pkey primary key (org_id, name),
   constraint projections_kind_check check (kind in ('reducer', 'handler', 'table', 'view')),
-  constraint projections_mode_check check (mode in ('inline', 'async'))
+  constraint projections_mode_check check (mode in ('inline', 'async')),
+  constraint projections_snapshot_every_check check (snapshot_every > 0)
 );
 
 comment on table nightowls.projections is 'The projections there are: what they read, how they fold, where the state is.';
@@ -40,6 +70,8 @@ comment on column nightowls.projections.generation is 'Which generation of state
 comment on column nightowls.projections.lagging_from is
   'After a build beside open appends: stored states of aggregates with events above this position may be behind '
   'until refresh_projection(name). state() is exact all the same. null: none is behind.';
+comment on column nightowls.projections.snapshot_every is
+  'After how many events of an aggregate a snapshot of its state is taken; null: never. set_snapshot_policy changes it.';
 comment on column nightowls.projections.created_at is 'When the projection was made.';
 comment on column nightowls.projections.refreshed_at is 'When it was last built or refreshed.';
 
@@ -145,6 +177,46 @@ $$;
 
 revoke all on function nightowls._share_erasure(uuid) from public;
 
+-- Takes snapshots of states just stored, those that passed a multiple of snapshot_every. It runs in functions of the owner's.
+create function nightowls._snapshot_stored(org uuid, projections text[], generations bigint[], aggregate_ids text[])
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_definition nightowls.projections;
+  v_state      record;
+begin
+  for i in 1 .. cardinality(_snapshot_stored.projections) loop
+    select p.* into v_definition
+      from nightowls.projections p
+     where p.org_id = _snapshot_stored.org and p.name = _snapshot_stored.projections[i];
+    continue when not found;
+    v_definition.generation := _snapshot_stored.generations[i];
+    select s.version, s."position", s.state into v_state
+      from nightowls._projection_states s
+     where s.org_id = _snapshot_stored.org and s.projection = v_definition.name and s.generation = v_definition.generation
+       and s.aggregate_id = _snapshot_stored.aggregate_ids[i]
+     order by s.version desc
+     limit 1;
+    if found then
+      perform nightowls._store_snapshot(v_definition, _snapshot_stored.aggregate_ids[i], v_state.version, v_state."position",
+                                        v_state.state);
+    end if;
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._snapshot_stored(uuid, text[], bigint[], text[]) from public;
+
 -- Folds what is new of some aggregates, up to a version (null: the head), into the stored states of their reducer
 -- projections.
 -- Definer: nobody else may write states.
@@ -164,11 +236,15 @@ create function nightowls._project(org uuid, aggregate_types text[], aggregate_i
 as $$
 #variable_conflict use_column
 declare
-  v_door text := current_setting('nightowls.door', true);
+  v_door        text := current_setting('nightowls.door', true);
+  v_names       text[];
+  v_generations bigint[];
+  v_ids         text[];
 begin
   perform nightowls._open_door('project');
   with folded as materialized (
-    select p.name, p.generation, a.aggregate_id, o.ctid as replaced, f.version, f."position", f.state
+    select p.name, p.generation, a.aggregate_id, o.ctid as replaced, f.version, f."position", f.state,
+           f.version / p.snapshot_every > coalesce(o.version, 0) / p.snapshot_every as snapped
       from (select u.aggregate_type collate "C" as aggregate_type, u.aggregate_id collate "C" as aggregate_id,
                    max(u.version) as version
               from unnest(_project.aggregate_types, _project.aggregate_ids, _project.versions)
@@ -180,7 +256,7 @@ begin
               where x.org_id = _project.org and x.aggregate_type = a.aggregate_type and x.kind = 'reducer'
              offset 0) r
      cross join lateral (
-             select x.name, x.generation, x.reducer
+             select x.name, x.generation, x.reducer, x.snapshot_every
                from nightowls.projections x
               where x.org_id = _project.org and x.name = r.name
              offset 0) p
@@ -204,12 +280,20 @@ begin
                from nightowls._projection_states x
               where x.ctid = any (array(select f.replaced from folded f))
                 for update skip locked))
+  ), stored as (
+    insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
+    select _project.org, f.name, f.generation, f.aggregate_id, f.version, f."position", f.state
+      from folded f
+     order by f.name, f.aggregate_id
+    on conflict do nothing
   )
-  insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
-  select _project.org, f.name, f.generation, f.aggregate_id, f.version, f."position", f.state
+  select array_agg(f.name), array_agg(f.generation), array_agg(f.aggregate_id)
+    into v_names, v_generations, v_ids
     from folded f
-   order by f.name, f.aggregate_id
-  on conflict do nothing;
+   where f.snapped;
+  if v_names is not null then
+    perform nightowls._snapshot_stored(_project.org, v_names, v_generations, v_ids);
+  end if;
   perform set_config('nightowls.door', coalesce(v_door, ''), true);
 end;
 $$;
@@ -247,7 +331,7 @@ begin
                                array[_project_one.version]);
     return;
   end if;
-  select p.generation, p.reducer, o.ctid, o.version, o.state
+  select p.generation, p.reducer, p.snapshot_every, o.ctid, o.version, o.state
     into v_old
     from nightowls.projections p
     left join lateral (
@@ -278,6 +362,9 @@ begin
   insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
   values (_project_one.org, v_names[1], v_old.generation, _project_one.aggregate_id, v_new.version, v_new."position", v_new.state)
   on conflict do nothing;
+  if v_new.version / v_old.snapshot_every > coalesce(v_old.version, 0) / v_old.snapshot_every then
+    perform nightowls._snapshot_stored(_project_one.org, v_names, array[v_old.generation], array[_project_one.aggregate_id]);
+  end if;
   perform set_config('nightowls.door', v_door, true);
 end;
 $$;
@@ -348,6 +435,11 @@ create function nightowls._fold_by_handler(
   volatile
   parallel unsafe
   set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
 as $$
 #variable_conflict use_column
 declare
@@ -356,7 +448,7 @@ begin
   _fold_by_handler.state := _fold_by_handler.base;
   for v_event in
     select e.*
-      from nightowls.events e
+      from nightowls.all_events e
      where e.org_id = _fold_by_handler.org
        and e.aggregate_type = _fold_by_handler.aggregate_type
        and e.aggregate_id = _fold_by_handler.aggregate_id
@@ -364,6 +456,9 @@ begin
        and (_fold_by_handler.to_version is null or e.version <= _fold_by_handler.to_version)
      order by e.version
   loop
+    if _fold_by_handler.version is null and v_event.version > _fold_by_handler.from_version then
+      perform nightowls._check_gap(v_event, _fold_by_handler.from_version);
+    end if;
     if v_event.event_type = 'nightowls.erased' then
       _fold_by_handler.state := null; -- Ends a state, whatever the handler; the next event begins anew.
     else
@@ -409,6 +504,13 @@ begin
       (_project_by_handler.projection).org_id, (_project_by_handler.projection).name,
       (_project_by_handler.projection).generation, _project_by_handler.aggregate_id, v_old, v_folded.version,
       v_folded."position", v_folded.state);
+    if v_folded.version / (_project_by_handler.projection).snapshot_every
+         > coalesce(v_old, 0) / (_project_by_handler.projection).snapshot_every then
+      perform nightowls._save_snapshot(
+        (_project_by_handler.projection).org_id, (_project_by_handler.projection).name,
+        (_project_by_handler.projection).generation, _project_by_handler.aggregate_id, v_folded.version, v_folded."position",
+        v_folded.state);
+    end if;
   end if;
 end;
 $$;

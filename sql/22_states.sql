@@ -118,6 +118,10 @@ begin
   end if;
 
   if (_register_projection.definition).kind <> 'view' then
+    perform nightowls._lock_history((_register_projection.definition).org_id, (_register_projection.definition).aggregate_type, false);
+    perform nightowls._refuse_without_history((_register_projection.definition).org_id,
+                                              (_register_projection.definition).aggregate_type,
+                                              (_register_projection.definition).name);
     insert into nightowls.routes (org_id, aggregate_type, kind, name)
     values ((_register_projection.definition).org_id, (_register_projection.definition).aggregate_type,
             case (_register_projection.definition).kind when 'reducer' then 'reducer' else 'handler' end,
@@ -139,10 +143,58 @@ create function nightowls._build_mark(org uuid)
 
 revoke all on function nightowls._build_mark(uuid) from public;
 
+-- Begins a generation: removes what the build before this one replaced, which nobody reads any more, and carries over the
+-- snapshots that a replay has proven, unless the projection folds otherwise from now on. A handler's code can have changed without
+-- our knowing: of its snapshots only those are carried over whose events are gone.
+-- Definer: nobody else may write states and snapshots.
+create function nightowls._begin_generation(definition nightowls.projections, build bigint, carried boolean)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_live nightowls.projections;
+begin
+  select p.* into strict v_live
+    from nightowls.projections p
+   where p.org_id = (_begin_generation.definition).org_id and p.name = (_begin_generation.definition).name;
+  perform nightowls._open_door('project');
+  delete from nightowls._projection_states s
+   where s.org_id = v_live.org_id and s.projection = v_live.name
+     and s.generation < _begin_generation.build and s.generation <> v_live.generation;
+  delete from nightowls.snapshots s
+   where s.org_id = v_live.org_id and s.projection = v_live.name
+     and s.generation < _begin_generation.build and s.generation <> v_live.generation;
+  delete from nightowls._replays r
+   where r.org_id = v_live.org_id and r.projection = v_live.name
+     and r.generation < _begin_generation.build and r.generation <> v_live.generation;
+  if _begin_generation.carried then
+    insert into nightowls.snapshots
+           (org_id, projection, generation, aggregate_id, version, "position", state, latest_at, proven, created_at)
+    select s.org_id, s.projection, _begin_generation.build, s.aggregate_id, s.version, s."position", s.state, s.latest_at,
+           s.proven, s.created_at
+      from nightowls.snapshots s
+     where s.org_id = v_live.org_id and s.projection = v_live.name and s.generation = v_live.generation and s.proven
+       and (v_live.kind = 'reducer' or exists (
+              select from nightowls.compactions c
+               where c.org_id = s.org_id and c.aggregate_type = v_live.aggregate_type and c.aggregate_id = s.aggregate_id
+                 and c.deleted_to > 0))
+    on conflict do nothing;
+  end if;
+  perform nightowls._shut_door();
+end;
+$$;
+
+revoke all on function nightowls._begin_generation(nightowls.projections, bigint, boolean) from public;
+
 -- Fills a generation with the states of all aggregates of the type, from events as they are, then makes it the live one.
 -- Nobody waits for this: appends go on with the generation they see, and those that end meanwhile are folded in later
 -- (lagging_from). Definer: nobody else may write states. Reducers only: it runs as the owner.
-create function nightowls._build_states(org uuid, name text, build bigint, mark bigint)
+create function nightowls._build_states(org uuid, name text, build bigint, mark bigint, anew boolean)
   returns void
   language plpgsql
   volatile
@@ -159,21 +211,38 @@ begin
   select p.* into strict v_projection
     from nightowls.projections p
    where p.org_id = _build_states.org and p.name = _build_states.name;
+  perform nightowls._begin_generation(v_projection, _build_states.build, not _build_states.anew);
   perform nightowls._open_door('project');
-  -- What the build before this one replaced; nobody reads it any more.
-  delete from nightowls._projection_states s
-   where s.org_id = _build_states.org and s.projection = _build_states.name
-     and s.generation < _build_states.build and s.generation <> v_projection.generation;
-
   insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
-  select _build_states.org, v_projection.name, _build_states.build, a.aggregate_id, f.version, f."position", f.state
+  select _build_states.org, v_projection.name, _build_states.build, a.aggregate_id, coalesce(f.version, b.version),
+         coalesce(f."position", b."position"), f.state
     from (select distinct e.aggregate_id
             from nightowls.events e
            where e.org_id = _build_states.org and e.aggregate_type = v_projection.aggregate_type) a
+    left join lateral (
+           select s.version, s."position", s.state
+             from nightowls.snapshots s
+            where s.org_id = _build_states.org and s.projection = v_projection.name
+              and s.generation = _build_states.build and s.aggregate_id = a.aggregate_id
+            order by s.version desc
+            limit 1) b on true
    cross join lateral nightowls._fold_tail(
-           _build_states.org, v_projection.reducer, coalesce(v_projection.reducer -> 'initial', '{}'),
-           v_projection.aggregate_type, a.aggregate_id, 1, null) f
-   where f.version is not null
+           _build_states.org, v_projection.reducer,
+           case when b.version is null then coalesce(v_projection.reducer -> 'initial', '{}') else b.state end,
+           v_projection.aggregate_type, a.aggregate_id, coalesce(b.version, 0) + 1, null) f
+   where coalesce(f.version, b.version) is not null
+  on conflict do nothing;
+
+  -- Those that have one by now get it at once, so that none has to be made of a long history later.
+  insert into nightowls.snapshots (org_id, projection, generation, aggregate_id, version, "position", state, latest_at)
+  select s.org_id, s.projection, s.generation, s.aggregate_id, s.version, s."position", s.state, (
+           select max(e.created_at)
+             from nightowls.all_events e
+            where e.org_id = _build_states.org and e.aggregate_type = v_projection.aggregate_type
+              and e.aggregate_id = s.aggregate_id and e.version <= s.version)
+    from nightowls._projection_states s
+   where s.org_id = _build_states.org and s.projection = v_projection.name and s.generation = _build_states.build
+     and s.version >= v_projection.snapshot_every
   on conflict do nothing;
 
   update nightowls.projections p
@@ -183,7 +252,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._build_states(uuid, text, bigint, bigint) from public;
+revoke all on function nightowls._build_states(uuid, text, bigint, bigint, boolean) from public;
 
 -- The same for a handler's states, as the caller.
 create function nightowls._build_by_handler(projection nightowls.projections, build bigint)
@@ -196,6 +265,7 @@ as $$
 #variable_conflict use_column
 declare
   v_id     text;
+  v_base   record;
   v_folded record;
 begin
   for v_id in
@@ -204,13 +274,26 @@ begin
      where e.org_id = (_build_by_handler.projection).org_id
        and e.aggregate_type = (_build_by_handler.projection).aggregate_type
   loop
-    v_folded := nightowls._fold_by_handler(
-      (_build_by_handler.projection).org_id, (_build_by_handler.projection).handler, null,
-      (_build_by_handler.projection).aggregate_type, v_id, 1, null);
+    select s.version, s."position", s.state into v_base
+      from nightowls.snapshots s
+     where s.org_id = (_build_by_handler.projection).org_id and s.projection = (_build_by_handler.projection).name
+       and s.generation = _build_by_handler.build and s.aggregate_id = v_id
+     order by s.version desc
+     limit 1;
+    select f.state, coalesce(f.version, v_base.version) as version, coalesce(f."position", v_base."position") as "position"
+      into v_folded
+      from nightowls._fold_by_handler(
+             (_build_by_handler.projection).org_id, (_build_by_handler.projection).handler, v_base.state,
+             (_build_by_handler.projection).aggregate_type, v_id, coalesce(v_base.version, 0) + 1, null) f;
     if v_folded.version is not null then
       perform nightowls._save_state(
         (_build_by_handler.projection).org_id, (_build_by_handler.projection).name, _build_by_handler.build, v_id, null,
         v_folded.version, v_folded."position", v_folded.state);
+      if v_folded.version >= (_build_by_handler.projection).snapshot_every then
+        perform nightowls._save_snapshot(
+          (_build_by_handler.projection).org_id, (_build_by_handler.projection).name, _build_by_handler.build, v_id,
+          v_folded.version, v_folded."position", v_folded.state);
+      end if;
     end if;
   end loop;
 end;
@@ -229,13 +312,6 @@ create function nightowls._go_live(org uuid, name text, build bigint, mark bigin
 as $$
 #variable_conflict use_column
 begin
-  perform nightowls._open_door('project');
-  delete from nightowls._projection_states s
-   where s.org_id = _go_live.org and s.projection = _go_live.name
-     and s.generation < _go_live.build
-     and s.generation <> (select p.generation from nightowls.projections p
-                           where p.org_id = _go_live.org and p.name = _go_live.name);
-  perform nightowls._shut_door();
   update nightowls.projections p
      set generation = _go_live.build, lagging_from = _go_live.mark, refreshed_at = clock_timestamp()
    where p.org_id = _go_live.org and p.name = _go_live.name;
@@ -258,6 +334,9 @@ begin
   perform nightowls._share_erasure(_begin_build.org);
   perform pg_advisory_xact_lock(
     nightowls._lock_class(259), hashtext(_begin_build.org::text || '/' || _begin_build.name));
+  perform nightowls._lock_history(p.org_id, p.aggregate_type, false)
+     from nightowls.projections p
+    where p.org_id = _begin_build.org and p.name = _begin_build.name;
   return nextval('nightowls.projection_generations');
 end;
 $$;
@@ -318,7 +397,7 @@ begin
   if not nightowls._register_projection(v_definition) then
     return;
   end if;
-  perform nightowls._rebuild_states(v_definition.name, v_org, v_mark);
+  perform nightowls._rebuild_states(v_definition.name, v_org, v_mark, true);
 end;
 $$;
 
@@ -332,8 +411,8 @@ comment on function nightowls.create_projection(text, text, jsonb, text, text, u
 
 revoke all on function nightowls.create_projection(text, text, jsonb, text, text, uuid) from public;
 
--- Builds the next generation of a projection's states beside the live one.
-create function nightowls._rebuild_states(name text, org uuid, mark bigint)
+-- Builds the next generation of a projection's states beside the live one. anew: it folds otherwise than before.
+create function nightowls._rebuild_states(name text, org uuid, mark bigint, anew boolean)
   returns void
   language plpgsql
   volatile
@@ -345,16 +424,21 @@ declare
   v_build      bigint := nightowls._begin_build(_rebuild_states.org, _rebuild_states.name);
   v_projection nightowls.projections := nightowls._projection(_rebuild_states.name, _rebuild_states.org);
 begin
+  if _rebuild_states.anew then
+    perform nightowls._refuse_without_history(_rebuild_states.org, v_projection.aggregate_type, _rebuild_states.name);
+  end if;
   if v_projection.kind = 'reducer' then
-    perform nightowls._build_states(_rebuild_states.org, _rebuild_states.name, v_build, _rebuild_states.mark);
+    perform nightowls._build_states(
+      _rebuild_states.org, _rebuild_states.name, v_build, _rebuild_states.mark, _rebuild_states.anew);
   else
+    perform nightowls._begin_generation(v_projection, v_build, not _rebuild_states.anew);
     perform nightowls._build_by_handler(v_projection, v_build);
     perform nightowls._go_live(_rebuild_states.org, _rebuild_states.name, v_build, _rebuild_states.mark);
   end if;
 end;
 $$;
 
-revoke all on function nightowls._rebuild_states(text, uuid, bigint) from public;
+revoke all on function nightowls._rebuild_states(text, uuid, bigint, boolean) from public;
 
 -- Puts a changed reducer or handler in place. Definer: the table is closed.
 create function nightowls._redefine_projection(org uuid, name text, reducer jsonb, handler text)
@@ -406,7 +490,8 @@ begin
   end if;
   v_mark := nightowls._build_mark(v_org);
   perform nightowls._redefine_projection(v_org, v_projection.name, alter_projection.reducer, v_handler);
-  perform nightowls._rebuild_states(v_projection.name, v_org, v_mark);
+  perform nightowls._rebuild_states(v_projection.name, v_org, v_mark,
+                                    (v_projection.reducer, v_projection.handler) is distinct from (alter_projection.reducer, v_handler));
 end;
 $$;
 
@@ -418,61 +503,22 @@ comment on function nightowls.alter_projection(text, jsonb, text, uuid) is
 
 revoke all on function nightowls.alter_projection(text, jsonb, text, uuid) from public;
 
--- The state of one aggregate at a version (null: now): the stored state and what came after it, or everything from the
--- beginning when the stored one is newer.
+-- The state of one aggregate at a version (null: now).
 create function nightowls._state(projection nightowls.projections, aggregate_id text, to_version bigint)
   returns jsonb
   language plpgsql
   volatile
   parallel unsafe
   set search_path to pg_catalog, pg_temp
-  set enable_seqscan to off
-  set enable_sort to off
-  set enable_bitmapscan to off
-  set plan_cache_mode to force_generic_plan
-  set jit to off
 as $$
 #variable_conflict use_column
-declare
-  v_version bigint;
-  v_state   jsonb;
 begin
   if (_state.projection).kind not in ('reducer', 'handler') then
-    raise exception 'projection "%" is of kind % and keeps no states', (_state.projection).name, (_state.projection).kind
-      using errcode = 'invalid_parameter_value',
-            hint = format('Read %s.', (_state.projection).target);
+    perform nightowls._refuse_stateless(_state.projection);
   elsif _state.aggregate_id is null then
     raise exception 'aggregate_id must not be null' using errcode = 'null_value_not_allowed';
   end if;
-
-  select s.version, s.state into v_version, v_state
-    from nightowls._projection_states s
-   where s.org_id = (_state.projection).org_id
-     and s.projection = (_state.projection).name
-     and s.generation = (_state.projection).generation
-     and s.aggregate_id = _state.aggregate_id
-   order by s.version desc
-   limit 1;
-  if v_version is null or v_version > _state.to_version then
-    v_version := 0;
-    v_state := case (_state.projection).kind when 'reducer' then coalesce((_state.projection).reducer -> 'initial', '{}') end;
-    if not exists (
-         select from nightowls.events e
-          where e.org_id = (_state.projection).org_id and e.aggregate_type = (_state.projection).aggregate_type
-            and e.aggregate_id = _state.aggregate_id and e.version = 1)
-       or _state.to_version < 1 then
-      return null;
-    end if;
-  end if;
-
-  if (_state.projection).kind = 'handler' then
-    return (nightowls._fold_by_handler(
-      (_state.projection).org_id, (_state.projection).handler, v_state, (_state.projection).aggregate_type,
-      _state.aggregate_id, v_version + 1, _state.to_version)).state;
-  end if;
-  return (nightowls._fold_tail(
-    (_state.projection).org_id, (_state.projection).reducer, v_state, (_state.projection).aggregate_type,
-    _state.aggregate_id, v_version + 1, _state.to_version)).state;
+  return (nightowls._load(_state.projection, _state.aggregate_id, _state.to_version)).state;
 end;
 $$;
 
@@ -527,6 +573,46 @@ comment on function nightowls.state_at(text, text, bigint, uuid) is
 
 revoke all on function nightowls.state_at(text, text, bigint, uuid) from public;
 
+-- The last version before the first event that was created after a time; null if there is no such event. Times are not
+-- always rising with versions, so it is looked for in version order, beginning with the newest snapshot that holds nothing later.
+create function nightowls._version_at_time(definition nightowls.projections, aggregate_id text, at timestamptz)
+  returns bigint
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+begin
+  return (
+    select e.version - 1
+      from nightowls.all_events e
+     where e.org_id = (_version_at_time.definition).org_id
+       and e.aggregate_type = (_version_at_time.definition).aggregate_type
+       and e.aggregate_id = _version_at_time.aggregate_id
+       and e.created_at > _version_at_time.at
+       and e.version > coalesce((
+             select s.version
+               from nightowls.snapshots s
+              where s.org_id = (_version_at_time.definition).org_id
+                and s.projection = (_version_at_time.definition).name
+                and s.generation = (_version_at_time.definition).generation
+                and s.aggregate_id = _version_at_time.aggregate_id
+                and s.latest_at <= _version_at_time.at
+              order by s.version desc
+              limit 1), 0)
+     order by e.version
+     limit 1);
+end;
+$$;
+
+revoke all on function nightowls._version_at_time(nightowls.projections, text, timestamptz) from public;
+
 create function nightowls.state_at_time(projection text, aggregate_id text, at timestamptz, org uuid default null)
   returns jsonb
   language plpgsql
@@ -543,15 +629,7 @@ begin
   if state_at_time.at is null then
     raise exception 'at must not be null' using errcode = 'null_value_not_allowed';
   end if;
-  -- Times are not always rising with versions: the first event after the time ends the history.
-  select e.version - 1 into v_version
-    from nightowls.events e
-   where e.org_id = v_projection.org_id
-     and e.aggregate_type = v_projection.aggregate_type
-     and e.aggregate_id = state_at_time.aggregate_id
-     and e.created_at > state_at_time.at
-   order by e.version
-   limit 1;
+  v_version := nightowls._version_at_time(v_projection, state_at_time.aggregate_id, state_at_time.at);
   return nightowls._state(v_projection, state_at_time.aggregate_id, v_version);
 end;
 $$;
@@ -559,7 +637,7 @@ $$;
 comment on function nightowls.state_at_time(text, text, timestamptz, uuid) is
   'The state of one aggregate in a projection as it was at a time: up to the last version before the first event created after it. '
   'null if the aggregate did not exist then or was tombstoned. projection: its name; org: the tenant. Reads the aggregate''s events up to '
-  'that one. Locks nothing. Raises as state().';
+  'that one, from the newest snapshot that holds nothing later. Locks nothing. Raises as state().';
 
 revoke all on function nightowls.state_at_time(text, text, timestamptz, uuid) from public;
 
@@ -694,7 +772,7 @@ begin
   when 'table' then
     perform nightowls._rebuild_table(v_projection);
   else
-    perform nightowls._rebuild_states(v_projection.name, v_org, nightowls._build_mark(v_org));
+    perform nightowls._rebuild_states(v_projection.name, v_org, nightowls._build_mark(v_org), false);
   end case;
 end;
 $$;
@@ -721,8 +799,7 @@ declare
   v_projection nightowls.projections := nightowls._projection(verify_projection.name, v_org);
 begin
   if v_projection.kind not in ('reducer', 'handler') then
-    raise exception 'projection "%" is of kind % and keeps no states', v_projection.name, v_projection.kind
-      using errcode = 'invalid_parameter_value';
+    perform nightowls._refuse_stateless(v_projection);
   elsif verify_projection.sample < 1 then
     raise exception 'sample must be 1 or more' using errcode = 'invalid_parameter_value';
   end if;
@@ -744,7 +821,7 @@ begin
     continue when not found; -- Replaced meanwhile.
     replayed := nightowls._replay(v_projection, aggregate_id, version);
     if state::text is distinct from replayed::text or not exists (
-         select from nightowls.events e
+         select from nightowls.all_events e
           where e.org_id = v_org and e.aggregate_type = v_projection.aggregate_type
             and e.aggregate_id = verify_projection.aggregate_id and e.version = verify_projection.version) then
       return next;
@@ -754,13 +831,15 @@ end;
 $$;
 
 comment on function nightowls.verify_projection(text, int, uuid) is
-  'Compares each stored state with a full replay of its events and returns every aggregate whose state differs, with both and the '
-  'version they are of; no rows is good. '
+  'Compares each stored state with a full replay of its events, archived ones too (of deleted ones: from the snapshot that was proven '
+  'before they went), and returns every aggregate whose state differs, with both and the version they are of; no rows is good. '
   'name: the projection; sample: how many aggregates to look at, chosen at random, null for all; org: the tenant. Locks nothing. '
   'Raises NW007 if the projection does not exist, 22023 for one that keeps no states or a sample below 1, NW010 if there is no org.';
 
 revoke all on function nightowls.verify_projection(text, int, uuid) from public;
 
+-- The fold of an aggregate's whole history up to a version: the archive and the live log. Where events are deleted it begins with
+-- the first snapshot that was proven before they went.
 create function nightowls._replay(projection nightowls.projections, aggregate_id text, to_version bigint)
   returns jsonb
   language plpgsql
@@ -769,21 +848,37 @@ create function nightowls._replay(projection nightowls.projections, aggregate_id
   set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_base record;
 begin
-  if not exists (
-       select from nightowls.events e
-        where e.org_id = (_replay.projection).org_id and e.aggregate_type = (_replay.projection).aggregate_type
-          and e.aggregate_id = _replay.aggregate_id) then
-    return null;
+  select s.version, s.state into v_base
+    from nightowls.compactions c
+    join nightowls.snapshots s
+      on s.org_id = c.org_id and s.projection = (_replay.projection).name and s.generation = (_replay.projection).generation
+     and s.aggregate_id = c.aggregate_id and s.proven and s.version between c.deleted_to and _replay.to_version
+   where c.org_id = (_replay.projection).org_id and c.aggregate_type = (_replay.projection).aggregate_type
+     and c.aggregate_id = _replay.aggregate_id and c.deleted_to > 0
+   order by s.version
+   limit 1;
+  if not found then
+    if not exists (
+         select from nightowls.events e
+          where e.org_id = (_replay.projection).org_id and e.aggregate_type = (_replay.projection).aggregate_type
+            and e.aggregate_id = _replay.aggregate_id) then
+      return null;
+    end if;
+    select 0 as version, case (_replay.projection).kind when 'reducer' then coalesce((_replay.projection).reducer -> 'initial', '{}')
+                         end as state
+      into v_base;
   end if;
   if (_replay.projection).kind = 'handler' then
     return (nightowls._fold_by_handler(
-      (_replay.projection).org_id, (_replay.projection).handler, null, (_replay.projection).aggregate_type,
-      _replay.aggregate_id, 1, _replay.to_version)).state;
+      (_replay.projection).org_id, (_replay.projection).handler, v_base.state, (_replay.projection).aggregate_type,
+      _replay.aggregate_id, v_base.version + 1, _replay.to_version)).state;
   end if;
   return (nightowls._fold_tail(
-    (_replay.projection).org_id, (_replay.projection).reducer, coalesce((_replay.projection).reducer -> 'initial', '{}'),
-    (_replay.projection).aggregate_type, _replay.aggregate_id, 1, _replay.to_version)).state;
+    (_replay.projection).org_id, (_replay.projection).reducer, v_base.state, (_replay.projection).aggregate_type,
+    _replay.aggregate_id, v_base.version + 1, _replay.to_version)).state;
 end;
 $$;
 

@@ -154,8 +154,8 @@ begin
   end if;
 
   for v_call in
-    select e as event, p.handler, p.name
-      from nightowls.events e
+    select row (e.*)::nightowls.events as event, p.handler, p.name
+      from nightowls.all_events e
       join nightowls.projections p
         on p.org_id = e.org_id and p.aggregate_type = e.aggregate_type
        and p.kind = 'table' and p.target = (_rebuild_table.projection).target
@@ -295,6 +295,10 @@ begin
   perform nightowls._open_door('project');
   delete from nightowls._projection_states s
    where s.org_id = _forget_projection.org and s.projection = _forget_projection.name;
+  delete from nightowls.snapshots s
+   where s.org_id = _forget_projection.org and s.projection = _forget_projection.name;
+  delete from nightowls._replays r
+   where r.org_id = _forget_projection.org and r.projection = _forget_projection.name;
   perform nightowls._shut_door();
 end;
 $$;

@@ -75,6 +75,8 @@ sql_files! {
     Both "projections" "../sql/20_projections.sql",
     Both "states" "../sql/22_states.sql",
     Both "read_models" "../sql/24_read_models.sql",
+    Both "snapshots" "../sql/25_snapshots.sql",
+    Both "compaction" "../sql/27_compaction.sql",
     Both "floors" "../sql/40_floors.sql",
     Both "cdc" "../sql/77_cdc.sql",
     Extension "migration" "../sql/extension/migration.sql",

@@ -157,6 +157,8 @@ create function nightowls._fold_tail(
   set enable_seqscan to off
 as $$
 #variable_conflict use_column
+declare
+  v_first bigint;
 begin
   -- One event, as most appends bring it, needs no aggregate.
   if _fold_tail.from_version = _fold_tail.to_version then
@@ -172,8 +174,8 @@ begin
   else
     select nightowls._fold_rows(_fold_tail.reducer, _fold_tail.base, e.event_type, e.aggregate_type, e.aggregate_id,
              e.version, e."position", e.event_id, e.created_at, e.payload, e.metadata),
-           max(e.version), max(e."position")
-      into state, version, "position"
+           max(e.version), max(e."position"), min(e.version)
+      into state, version, "position", v_first
       from (select e.*
               from nightowls.events e
              where e.org_id = _fold_tail.org
@@ -182,6 +184,13 @@ begin
                and e.version >= _fold_tail.from_version
                and e.version <= coalesce(_fold_tail.to_version, 9223372036854775807)
              order by e.version) e;
+  end if;
+  if v_first > _fold_tail.from_version or version is null and _fold_tail.to_version >= _fold_tail.from_version then
+    -- The live log begins later: the rest is in the archive.
+    select h.state, h.version, h."position" into state, version, "position"
+      from nightowls._fold_history(
+             _fold_tail.org, _fold_tail.reducer, _fold_tail.base, _fold_tail.aggregate_type, _fold_tail.aggregate_id,
+             _fold_tail.from_version, _fold_tail.to_version) h;
   end if;
 
   if version is null then
