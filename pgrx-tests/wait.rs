@@ -2,6 +2,7 @@
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
+use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -11,7 +12,7 @@ use crate::support::{
     preloaded_server, server, wait_until,
 };
 
-/// Longer than any test takes: whoever sleeps so long was forgotten.
+/// Longer than a test takes.
 const LONG: &str = "600000";
 
 /// Both installs, and the extension on a server that has loaded it at its start.
@@ -26,7 +27,7 @@ pub fn on_each_server(test: impl Fn(&Db)) {
         ("plain", server(), Install::Plain),
     ];
     for (name, server, install) in servers {
-        let run = AssertUnwindSafe(|| test(&server.database(install)));
+        let run = AssertUnwindSafe(|| test(&database(&server, install)));
         if let Err(panic) = catch_unwind(run) {
             eprintln!("failed on: {name}");
             resume_unwind(panic);
@@ -36,14 +37,35 @@ pub fn on_each_server(test: impl Fn(&Db)) {
 
 /// As [`on_each_server`], where sleepers are woken.
 pub fn on_each_that_wakes(test: impl Fn(&Db)) {
-    test(&preloaded_server().database(Install::Extension));
+    test(&database(&preloaded_server(), Install::Extension));
     if server().major() >= 17 {
-        test(&server().database(Install::Extension));
+        test(&database(&server(), Install::Extension));
     }
 }
 
+/// A fresh database, in which a sleeper that was forgotten ends with its test.
+fn database(cluster: &Arc<Cluster>, install: Install) -> Db {
+    let db = cluster.database(install);
+    db.superuser().exec(&format!(
+        "alter database {} set statement_timeout = '90 s'; \
+         create function public.nap(key text) returns void language plpgsql as $$ \
+         declare \
+           v_start timestamptz := clock_timestamp(); \
+         begin \
+           perform nightowls._nap(nap.key, nightowls._wake_count(nap.key), 0, {LONG}); \
+           if clock_timestamp() - v_start >= interval '10 s' then \
+             raise exception 'nobody woke the sleeper'; \
+           end if; \
+         end; \
+         $$",
+        db.name()
+    ));
+    db
+}
+
+/// One nap, until the key is woken: longer than the longest nap is an error.
 fn nap(key: &str) -> String {
-    format!("select nightowls._nap('{key}', nightowls._wake_count('{key}'), 0, {LONG})")
+    format!("select public.nap('{key}')")
 }
 
 /// Waits until all of these backends have lain down.
@@ -62,22 +84,29 @@ fn until_asleep(db: &Db, pids: &[i32]) {
 }
 
 /// Makes a table of flags and `naps_until(key, flag)`, which naps until the flag
-/// is up and returns how often it slept.
+/// is up and returns how often it slept. A nap that nobody ended is an error, but
+/// where that is expected.
 fn make_flags(db: &Db) {
     db.superuser().exec(&format!(
         "create table public.flags (name text); \
          grant select, insert on public.flags to {SERVICE}; \
-         create function public.naps_until(key text, flag text) returns int language plpgsql as $$ \
+         create function public.naps_until(key text, flag text, patient boolean default false) \
+           returns int language plpgsql as $$ \
          declare \
            v_seen bigint := nightowls._wake_count(naps_until.key); \
            v_nth int := 0; \
+           v_start timestamptz; \
          begin \
            loop \
              if exists (select from public.flags f where f.name = naps_until.flag) then \
                return v_nth; \
              end if; \
+             v_start := clock_timestamp(); \
              v_seen := nightowls._nap(naps_until.key, v_seen, v_nth, {LONG}); \
              v_nth := v_nth + 1; \
+             if not naps_until.patient and clock_timestamp() - v_start >= interval '10 s' then \
+               raise exception 'nobody woke the sleeper'; \
+             end if; \
            end loop; \
          end; \
          $$"
@@ -86,16 +115,23 @@ fn make_flags(db: &Db) {
 
 /// Runs `meanwhile` while a session naps for a flag; returns how often it slept
 /// until the flag was up.
-fn naps_during(db: &Db, key: &str, meanwhile: impl FnOnce(&mut Session)) -> u32 {
+fn naps_during(db: &Db, key: &str, patient: bool, meanwhile: impl FnOnce(&mut Session)) -> u32 {
     make_flags(db);
     let mut sleeper = db.session(SERVICE);
     let pid = sleeper.pid();
     thread::scope(|scope| {
-        let slept =
-            scope.spawn(move || sleeper.value(&format!("select public.naps_until('{key}', 'up')")));
+        let slept = scope.spawn(move || {
+            sleeper.value(&format!(
+                "select public.naps_until('{key}', 'up', {patient})"
+            ))
+        });
         until_asleep(db, &[pid]);
         let mut waker = db.session(SERVICE);
         meanwhile(&mut waker);
+        // Time for one that was woken to look and to sleep again: that counts.
+        for _ in 0..300 {
+            waker.exec("select 1");
+        }
         waker.exec(&format!(
             "begin; insert into public.flags values ('up'); select nightowls._wake('{key}'); commit"
         ));
@@ -109,7 +145,7 @@ fn naps_during(db: &Db, key: &str, meanwhile: impl FnOnce(&mut Session)) -> u32 
 
 #[test]
 fn a_server_can_wake_if_it_has_loaded_the_library_or_is_new_enough() {
-    let can = |cluster: &std::sync::Arc<Cluster>, install| {
+    let can = |cluster: &Arc<Cluster>, install| {
         cluster
             .database(install)
             .session(SERVICE)
@@ -128,7 +164,7 @@ fn a_server_can_wake_if_it_has_loaded_the_library_or_is_new_enough() {
 #[test]
 fn a_sleeper_finds_what_its_waker_committed() {
     on_each_server(|db| {
-        let naps = naps_during(db, "bell", |_| ());
+        let naps = naps_during(db, "bell", false, |_| ());
         assert!(naps >= 1);
     });
 }
@@ -136,7 +172,7 @@ fn a_sleeper_finds_what_its_waker_committed() {
 #[test]
 fn only_its_own_key_wakes_a_sleeper() {
     on_each_that_wakes(|db| {
-        let naps = naps_during(db, "bell", |waker| {
+        let naps = naps_during(db, "bell", false, |waker| {
             for number in 0..300 {
                 waker.exec(&format!("select nightowls._wake('bell {number}')"));
             }
@@ -152,7 +188,7 @@ fn only_its_own_key_wakes_a_sleeper() {
 #[test]
 fn a_transaction_that_rolls_back_wakes_nobody() {
     on_each_that_wakes(|db| {
-        let naps = naps_during(db, "bell", |waker| {
+        let naps = naps_during(db, "bell", false, |waker| {
             for _ in 0..20 {
                 waker.exec("begin; select nightowls._wake('bell'); rollback");
                 waker.refused("begin; select nightowls._wake('bell'); select 1 / 0");
@@ -234,25 +270,15 @@ fn nobody_is_woken_before_the_wakers_locks_are_free() {
 #[test]
 fn more_keys_than_a_transaction_remembers_wake_everybody() {
     on_each_that_wakes(|db| {
-        make_flags(db);
-        let sleepers: Vec<_> = (0..3)
-            .map(|_| {
-                let mut session = db.session(SERVICE);
-                (session.pid(), session)
-            })
-            .collect();
-        let pids: Vec<_> = sleepers.iter().map(|(pid, _)| *pid).collect();
+        let mut sessions: Vec<_> = (0..3).map(|_| db.session(SERVICE)).collect();
+        let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
         thread::scope(|scope| {
-            for ((_, mut session), key) in sleepers.into_iter().zip(["k1", "k100", "not named"]) {
-                scope.spawn(move || {
-                    session.exec(&format!("select public.naps_until('{key}', 'up')"))
-                });
+            for (mut session, key) in sessions.into_iter().zip(["k1", "k100", "not named"]) {
+                scope.spawn(move || session.exec(&nap(key)));
             }
             until_asleep(db, &pids);
-            db.session(SERVICE).exec(
-                "begin; insert into public.flags values ('up'); \
-                 select nightowls._wake('k' || i) from generate_series(1, 100) i; commit",
-            );
+            db.session(SERVICE)
+                .exec("select nightowls._wake('k' || i) from generate_series(1, 100) i");
         });
     });
 }
@@ -408,7 +434,15 @@ fn a_nap_can_be_cancelled_terminated_and_timed_out() {
             thread::scope(|scope| {
                 let ended = scope.spawn(move || (session.refused(wait), session));
                 until_asleep(db, &[pid]);
-                db.superuser().exec(&format!("select {how}({pid})"));
+                let mut watcher = db.superuser();
+                watcher.exec(&format!("select {how}({pid})"));
+                // Before the nap would have ended by itself.
+                let busy = format!(
+                    "select 1 from pg_stat_activity where pid = {pid} and state = 'active'"
+                );
+                wait_until("the nap is over", Duration::from_secs(9), || {
+                    watcher.value(&busy).is_none()
+                });
                 ended.join().expect("the nap ends")
             })
         };
@@ -429,36 +463,46 @@ fn a_nap_can_be_cancelled_terminated_and_timed_out() {
 #[test]
 fn a_wake_up_for_one_that_is_cancelled_goes_to_the_next() {
     on_each_that_wakes(|db| {
-        for (round, how) in ["pg_cancel_backend", "pg_terminate_backend"]
-            .into_iter()
-            .flat_map(|how| [(0, how), (1, how)])
-        {
+        for how in ["pg_cancel_backend", "pg_terminate_backend"] {
             let mut sessions: Vec<_> = (0..2).map(|_| db.session(SERVICE)).collect();
             let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
+            let mut waker = db.session(SERVICE);
+
+            // Who of the two is woken when one is: always the same.
+            let (sender, woken) = mpsc::channel();
+            let first = thread::scope(|scope| {
+                for (number, session) in sessions.iter_mut().enumerate() {
+                    let sender = sender.clone();
+                    scope.spawn(move || {
+                        session.exec(&nap("relay"));
+                        sender.send(number).expect("somebody listens");
+                    });
+                }
+                until_asleep(db, &pids);
+                waker.exec("select nightowls._wake('relay', 1)");
+                let first = woken.recv().expect("one is woken");
+                waker.exec("select nightowls._wake('relay')");
+                first
+            });
+
             thread::scope(|scope| {
                 let sleepers: Vec<_> = sessions
-                    .into_iter()
-                    .map(|mut session| scope.spawn(move || session.try_exec(&nap("relay"))))
+                    .iter_mut()
+                    .map(|session| scope.spawn(move || session.try_exec(&nap("relay"))))
                     .collect();
                 until_asleep(db, &pids);
-                // Neither can move until the one wake-up has been given to one of them,
-                // and one of them will not look: in one of two rounds it is the same.
-                for pid in &pids {
-                    kill("-STOP", &pid.to_string());
-                }
-                db.session(SERVICE)
-                    .exec("select nightowls._wake('relay', 1)");
-                db.superuser()
-                    .exec(&format!("select {how}({})", pids[round]));
-                for pid in &pids {
-                    kill("-CONT", &pid.to_string());
-                }
+                // It is given the wake-up, and learns of its end before it can look.
+                let pid = pids[first].to_string();
+                kill("-STOP", &pid);
+                waker.exec("select nightowls._wake('relay', 1)");
+                db.superuser().exec(&format!("select {how}({pid})"));
+                kill("-CONT", &pid);
                 let ended: Vec<_> = sleepers
                     .into_iter()
                     .map(|sleeper| sleeper.join().expect("a session ends its call"))
                     .collect();
-                assert!(ended[round].is_err());
-                ended[1 - round].as_ref().expect("the other is woken");
+                assert!(ended[first].is_err());
+                ended[1 - first].as_ref().expect("the other is woken");
             });
         }
     });
@@ -468,7 +512,7 @@ fn a_wake_up_for_one_that_is_cancelled_goes_to_the_next() {
 fn five_hundred_sleepers_cost_nothing_block_nobody_and_all_wake() {
     const SLEEPERS: usize = 500;
     const MEASURED: Duration = Duration::from_secs(2);
-    let db = preloaded_server().database(Install::Extension);
+    let db = database(&preloaded_server(), Install::Extension);
     let mut sessions: Vec<_> = (0..SLEEPERS).map(|_| db.session(SERVICE)).collect();
     let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
     thread::scope(|scope| {
@@ -525,8 +569,8 @@ fn ticks(pids: &[i32]) -> u64 {
 
 #[test]
 fn what_a_prepared_transaction_committed_is_found_without_a_wake_up() {
-    let db = preloaded_server().database(Install::Extension);
-    naps_during(&db, "bell", |waker| {
+    let db = database(&preloaded_server(), Install::Extension);
+    naps_during(&db, "bell", true, |waker| {
         waker.exec(
             "begin; insert into public.flags values ('up'); select nightowls._wake('bell'); \
              prepare transaction 'wait'",
@@ -646,10 +690,15 @@ fn a_nap_without_time_or_with_news_returns_at_once() {
         session.exec("select nightowls._nap('bell', nightowls._wake_count('bell'), 0, 0)");
         session.exec("select nightowls._nap('bell', nightowls._wake_count('bell'), 0, -5)");
         session.exec("select nightowls._nap('bell', nightowls._wake_count('bell'), -3, 1)");
-        // An older count: somebody has woken since.
-        session.exec(&format!(
-            "select nightowls._nap('bell', nightowls._wake_count('bell') - 1, 0, {LONG})"
-        ));
+        // Somebody wakes between the count and the nap.
+        session.exec("set statement_timeout = '9 s'");
+        for _ in 0..3 {
+            let seen = session
+                .value("select nightowls._wake_count('bell')")
+                .expect("a count is never null");
+            db.session(SERVICE).exec("select nightowls._wake('bell')");
+            session.exec(&format!("select nightowls._nap('bell', {seen}, 0, {LONG})"));
+        }
         assert_eq!(
             session.value(&format!(
                 "select nightowls._nap(null, 0, 0, {LONG}) is null"
@@ -667,7 +716,7 @@ fn a_nap_without_time_or_with_news_returns_at_once() {
 fn the_server_recovers_when_a_sleeper_is_killed() {
     let settings = [("shared_preload_libraries", "nightowls")];
     own_cluster_with(&settings, |cluster| {
-        let db = cluster.database(Install::Extension);
+        let db = database(cluster, Install::Extension);
         let mut sessions: Vec<_> = (0..3).map(|_| db.session(SERVICE)).collect();
         let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
         thread::scope(|scope| {
@@ -680,7 +729,7 @@ fn the_server_recovers_when_a_sleeper_is_killed() {
         wait_until("the server is back", Duration::from_secs(60), || {
             Session::connect(db.port(), db.name(), SERVICE).is_ok()
         });
-        let naps = naps_during(&db, "bell", |_| ());
+        let naps = naps_during(&db, "bell", false, |_| ());
         assert_eq!(naps, 1);
         assert_eq!(
             db.session(SERVICE)
