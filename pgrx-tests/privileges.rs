@@ -84,12 +84,14 @@ fn a_stranger_may_do_nothing_at_all() {
                     format!("delete from {relation}"),
                     format!("copy {relation} to stdout"),
                 ] {
-                    // A view is refused by COPY for what it is, and one of several tables by the others too.
+                    // A view is refused by COPY for what it is, one that cannot be written by writes.
                     let code = stranger.refused(&sql).code;
+                    let of_its_kind = ["copy", "insert", "delete"]
+                        .iter()
+                        .any(|word| sql.starts_with(word));
                     assert!(
                         code == "42501"
-                            || sql.starts_with("copy") && code == "42809"
-                            || !sql.starts_with("select") && code == "55000",
+                            || of_its_kind && ["42809", "55000"].contains(&code.as_str()),
                         "{sql}: {code}"
                     );
                 }

@@ -469,6 +469,20 @@ begin
     _fold_by_handler.version := v_event.version;
     _fold_by_handler."position" := v_event."position";
   end loop;
+  if _fold_by_handler.version is null and _fold_by_handler.to_version >= _fold_by_handler.from_version then
+    -- Nothing there: beyond the head, or deleted.
+    select e.* into v_event
+      from nightowls.all_events e
+     where e.org_id = _fold_by_handler.org
+       and e.aggregate_type = _fold_by_handler.aggregate_type
+       and e.aggregate_id = _fold_by_handler.aggregate_id
+       and e.version >= _fold_by_handler.from_version
+     order by e.version
+     limit 1;
+    if v_event.version > _fold_by_handler.from_version then
+      perform nightowls._check_gap(v_event, _fold_by_handler.from_version);
+    end if;
+  end if;
 end;
 $$;
 

@@ -588,6 +588,17 @@ create function nightowls._version_at_time(definition nightowls.projections, agg
   set jit to off
 as $$
 #variable_conflict use_column
+declare
+  v_base bigint := coalesce((
+    select s.version
+      from nightowls.snapshots s
+     where s.org_id = (_version_at_time.definition).org_id
+       and s.projection = (_version_at_time.definition).name
+       and s.generation = (_version_at_time.definition).generation
+       and s.aggregate_id = _version_at_time.aggregate_id
+       and s.latest_at <= _version_at_time.at
+     order by s.version desc
+     limit 1), 0);
 begin
   return (
     select e.version - 1
@@ -596,16 +607,7 @@ begin
        and e.aggregate_type = (_version_at_time.definition).aggregate_type
        and e.aggregate_id = _version_at_time.aggregate_id
        and e.created_at > _version_at_time.at
-       and e.version > coalesce((
-             select s.version
-               from nightowls.snapshots s
-              where s.org_id = (_version_at_time.definition).org_id
-                and s.projection = (_version_at_time.definition).name
-                and s.generation = (_version_at_time.definition).generation
-                and s.aggregate_id = _version_at_time.aggregate_id
-                and s.latest_at <= _version_at_time.at
-              order by s.version desc
-              limit 1), 0)
+       and e.version > v_base
      order by e.version
      limit 1);
 end;
@@ -849,9 +851,10 @@ create function nightowls._replay(projection nightowls.projections, aggregate_id
 as $$
 #variable_conflict use_column
 declare
-  v_base record;
+  v_version bigint;
+  v_state   jsonb;
 begin
-  select s.version, s.state into v_base
+  select s.version, s.state into v_version, v_state
     from nightowls.compactions c
     join nightowls.snapshots s
       on s.org_id = c.org_id and s.projection = (_replay.projection).name and s.generation = (_replay.projection).generation
@@ -867,18 +870,17 @@ begin
             and e.aggregate_id = _replay.aggregate_id) then
       return null;
     end if;
-    select 0 as version, case (_replay.projection).kind when 'reducer' then coalesce((_replay.projection).reducer -> 'initial', '{}')
-                         end as state
-      into v_base;
+    v_version := 0;
+    v_state := case (_replay.projection).kind when 'reducer' then coalesce((_replay.projection).reducer -> 'initial', '{}') end;
   end if;
   if (_replay.projection).kind = 'handler' then
     return (nightowls._fold_by_handler(
-      (_replay.projection).org_id, (_replay.projection).handler, v_base.state, (_replay.projection).aggregate_type,
-      _replay.aggregate_id, v_base.version + 1, _replay.to_version)).state;
+      (_replay.projection).org_id, (_replay.projection).handler, v_state, (_replay.projection).aggregate_type,
+      _replay.aggregate_id, v_version + 1, _replay.to_version)).state;
   end if;
   return (nightowls._fold_tail(
-    (_replay.projection).org_id, (_replay.projection).reducer, v_base.state, (_replay.projection).aggregate_type,
-    _replay.aggregate_id, v_base.version + 1, _replay.to_version)).state;
+    (_replay.projection).org_id, (_replay.projection).reducer, v_state, (_replay.projection).aggregate_type,
+    _replay.aggregate_id, v_version + 1, _replay.to_version)).state;
 end;
 $$;
 

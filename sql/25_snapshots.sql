@@ -228,7 +228,8 @@ create function nightowls._load(
 as $$
 #variable_conflict use_column
 declare
-  v_base record;
+  v_base   record;
+  v_failed bigint;
 begin
   if (_load.definition).kind = 'reducer' then
     select f.state, nullif(coalesce(f.version, b.version), 0), coalesce(f."position", b."position")
@@ -238,12 +239,23 @@ begin
              (_load.definition).org_id, (_load.definition).reducer, b.state, (_load.definition).aggregate_type,
              _load.aggregate_id, b.version + 1, _load.to_version) f;
   else
-    v_base := nightowls._base(_load.definition, _load.aggregate_id, _load.to_version);
-    select f.state, nullif(coalesce(f.version, v_base.version), 0), coalesce(f."position", v_base."position")
-      into state, version, "position"
-      from nightowls._fold_by_handler(
-             (_load.definition).org_id, (_load.definition).handler, v_base.state, (_load.definition).aggregate_type,
-             _load.aggregate_id, v_base.version + 1, _load.to_version) f;
+    loop
+      v_base := nightowls._base(_load.definition, _load.aggregate_id, _load.to_version);
+      begin
+        select f.state, nullif(coalesce(f.version, v_base.version), 0), coalesce(f."position", v_base."position")
+          into state, version, "position"
+          from nightowls._fold_by_handler(
+                 (_load.definition).org_id, (_load.definition).handler, v_base.state, (_load.definition).aggregate_type,
+                 _load.aggregate_id, v_base.version + 1, _load.to_version) f;
+        exit;
+      exception when sqlstate 'NW006' then
+        -- The tail was deleted between the two statements: then there is a newer base by now.
+        if v_base.version = v_failed then
+          raise;
+        end if;
+        v_failed := v_base.version;
+      end;
+    end loop;
   end if;
   if version is null then
     state := null;
@@ -356,7 +368,8 @@ comment on function nightowls.create_snapshot(text, text, uuid) is
   'not exist. projection: its name; aggregate_id: which one; org: the tenant. Appends take snapshots by themselves '
   '(set_snapshot_policy). A newer one always counts before an older one, whichever is written last. A handler is run as the caller. '
   'Waits only for another snapshot of the same version. Raises NW007 if the projection does not exist, 22023 for a table or view '
-  'projection, 22004 for a null argument, NW006 if events it needs were deleted, NW010 if there is no org.';
+  'projection, 22004 for a null argument, NW006 if events it needs were deleted, 40001 above read committed when somebody else has '
+  'taken the same one meanwhile, NW010 if there is no org.';
 
 revoke all on function nightowls.create_snapshot(text, text, uuid) from public;
 

@@ -1140,7 +1140,7 @@ create function nightowls._put_back(org uuid, aggregate_type text, aggregate_id 
   volatile
   parallel unsafe
   security definer
-  set search_path to pg_catalog, pg_temp
+  set search_path to pg_catalog, pg_temp, pg_append
   set enable_seqscan to off
   set enable_sort to off
   set enable_bitmapscan to off
@@ -1161,7 +1161,6 @@ begin
   if v_last is null then
     return 0;
   end if;
-  perform nightowls._open_door('append');
   insert into nightowls.events
          (org_id, "position", aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id, created_at)
   overriding system value

@@ -20,12 +20,12 @@ begin
   execute format('grant usage on schema nightowls to %I', grant_service.role);
   execute format('grant select on nightowls.events, nightowls.routes, nightowls.projections, nightowls._projection_states, '
                  'nightowls.projection_states, nightowls.imports, nightowls.settings, nightowls.orgs, nightowls.org_members to %I', grant_service.role);
-  execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
-                 'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
   execute format('grant select on nightowls.floors, nightowls.floor_tickets, nightowls.floor_status to %I', grant_service.role);
   execute format('grant select on nightowls.consumers, nightowls._consumer_offsets, nightowls._consumer_failures, nightowls.consumer_lag, '
                  'nightowls.parked_events to %I', grant_service.role);
   execute format('grant select on nightowls.published_changes to %I', grant_service.role);
+  execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
+                 'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
   -- Neither position nor created_at: they are not the caller's to choose.
   execute format('grant insert (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id) '
                  'on nightowls.events to %I', grant_service.role);
