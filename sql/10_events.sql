@@ -704,7 +704,7 @@ begin
              from nightowls.routes x
             where x.org_id = _after_append.org and x.aggregate_type = t.aggregate_type collate "C"
            offset 0) r;
-  if v_reduced and cardinality(_after_append.aggregate_ids) = 1 then
+  if v_reduced and cardinality(_after_append.aggregate_ids) = 1 and _after_append.versions is not null then
     perform nightowls._project_one(
       _after_append.org, _after_append.aggregate_types[1], _after_append.aggregate_ids[1], _after_append.versions[1]);
   elsif v_reduced then

@@ -300,72 +300,81 @@ $$;
 
 revoke all on function nightowls._project(uuid, text[], text[], bigint[]) from public;
 
--- The same for one aggregate, in small statements: the plan of _project takes longer to set up than they do. More than
--- one projection of the type, and _project does it after all.
--- Definer: nobody else may write states.
+-- The same for one event, which is folded into the states that the event before it has left; one that is further behind is
+-- folded from the log. The plan of _project() takes longer to set up.
+-- It runs in functions of the owner's, which have pinned the search_path and the plans.
 create function nightowls._project_one(org uuid, aggregate_type text, aggregate_id text, version bigint)
   returns void
   language plpgsql
   volatile
   parallel unsafe
-  security definer
-  set search_path to pg_catalog, pg_temp
-  set enable_seqscan to off
-  set enable_sort to off
-  set enable_bitmapscan to off
-  set plan_cache_mode to force_generic_plan
-  set jit to off
 as $$
 #variable_conflict use_column
 declare
-  v_names text[] := array(
-    select r.name
-      from nightowls.routes r
-     where r.org_id = _project_one.org and r.aggregate_type = _project_one.aggregate_type collate "C" and r.kind = 'reducer');
-  v_door  text := coalesce(current_setting('nightowls.door', true), '');
-  v_old   record;
-  v_new   record;
+  v_door        text := coalesce(current_setting('nightowls.door', true), '');
+  v_done        boolean := nightowls._open_door('project') is not null;
+  v_names       text[];
+  v_generations bigint[];
 begin
-  if cardinality(v_names) > 1 then
-    perform nightowls._project(_project_one.org, array[_project_one.aggregate_type], array[_project_one.aggregate_id],
-                               array[_project_one.version]);
-    return;
-  end if;
-  select p.generation, p.reducer, p.snapshot_every, o.ctid, o.version, o.state
-    into v_old
-    from nightowls.projections p
-    left join lateral (
-           select s.ctid, s.version, s.state
-             from nightowls._projection_states s
-            where s.org_id = _project_one.org and s.projection = p.name and s.generation = p.generation
-              and s.aggregate_id = _project_one.aggregate_id
-            order by s.version desc
-            limit 1) o on true
-   where p.org_id = _project_one.org and p.name = v_names[1];
-  if not found then
-    return; -- Dropped since the append looked into routes.
-  end if;
-  v_new := nightowls._fold_tail(
-    _project_one.org, v_old.reducer,
-    case when v_old.version is null then coalesce(v_old.reducer -> 'initial', '{}') else v_old.state end,
-    _project_one.aggregate_type, _project_one.aggregate_id, coalesce(v_old.version, 0) + 1, _project_one.version);
-  if v_new.version is null then
-    return;
-  end if;
-
-  perform nightowls._open_door('project');
-  if v_old.version is not null then
+  with folded as materialized (
+    select p.name, p.generation, o.ctid as replaced, e.version, e."position",
+           case
+             when coalesce(o.version, 0) = e.version - 1 then
+               nightowls._fold_row(
+                 p.reducer, case when o.version is null then coalesce(p.reducer -> 'initial', '{}') else o.state end, e.event_type,
+                 e.aggregate_type, e.aggregate_id, e.version, e."position", e.event_id, e.created_at, e.payload, e.metadata)
+             else
+               (nightowls._fold_tail(
+                  e.org_id, p.reducer, case when o.version is null then coalesce(p.reducer -> 'initial', '{}') else o.state end,
+                  e.aggregate_type, e.aggregate_id, coalesce(o.version, 0) + 1, e.version)).state
+           end as state,
+           e.version / p.snapshot_every > coalesce(o.version, 0) / p.snapshot_every as snapped
+      from nightowls.events e
+     cross join lateral (
+             select x.name
+               from nightowls.routes x
+              where x.org_id = e.org_id and x.aggregate_type = e.aggregate_type and x.kind = 'reducer'
+             offset 0) r
+     cross join lateral (
+             select x.name, x.generation, x.reducer, x.snapshot_every
+               from nightowls.projections x
+              where x.org_id = e.org_id and x.name = r.name
+             offset 0) p
+      left join lateral (
+             select s.ctid, s.version, s.state
+               from nightowls._projection_states s
+              where s.org_id = e.org_id and s.projection = p.name and s.generation = p.generation
+                and s.aggregate_id = e.aggregate_id
+              order by s.version desc
+              limit 1) o on true
+     where e.org_id = _project_one.org
+       and e.aggregate_type = _project_one.aggregate_type
+       and e.aggregate_id = _project_one.aggregate_id
+       and e.version = _project_one.version
+       and coalesce(o.version, 0) < e.version
+  ), removed as (
+    -- By place, so that nothing is searched for; one that somebody else is replacing is left to them.
     delete from nightowls._projection_states s
      where s.ctid = any (array(
-             select x.ctid from nightowls._projection_states x where x.ctid = v_old.ctid for update skip locked));
+             select x.ctid
+               from nightowls._projection_states x
+              where x.ctid = any (array(select f.replaced from folded f))
+                for update skip locked))
+  ), stored as (
+    insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
+    select _project_one.org, f.name, f.generation, _project_one.aggregate_id, f.version, f."position", f.state
+      from folded f
+    on conflict do nothing
+  )
+  select array_agg(f.name), array_agg(f.generation)
+    into v_names, v_generations
+    from folded f
+   where f.snapped;
+  if v_names is not null then
+    perform nightowls._snapshot_stored(_project_one.org, v_names, v_generations,
+                                       array_fill(_project_one.aggregate_id, array[cardinality(v_names)]));
   end if;
-  insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
-  values (_project_one.org, v_names[1], v_old.generation, _project_one.aggregate_id, v_new.version, v_new."position", v_new.state)
-  on conflict do nothing;
-  if v_new.version / v_old.snapshot_every > coalesce(v_old.version, 0) / v_old.snapshot_every then
-    perform nightowls._snapshot_stored(_project_one.org, v_names, array[v_old.generation], array[_project_one.aggregate_id]);
-  end if;
-  perform set_config('nightowls.door', v_door, true);
+  v_done := set_config('nightowls.door', v_door, true) is not null;
 end;
 $$;
 
