@@ -23,6 +23,8 @@ mod orm;
 mod plans;
 mod privileges;
 mod projections;
+mod queue;
+mod queue_marks;
 mod read_models;
 mod readme;
 mod snapshots;

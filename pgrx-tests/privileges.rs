@@ -178,6 +178,12 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "projection_states select",
                 "projections select",
                 "published_changes select",
+                "queue_archive select",
+                "queue_dedup select",
+                "queue_due_marks select",
+                "queue_marks select",
+                "queue_messages select",
+                "queues select",
                 "routes select",
                 "settings delete insert select update",
                 "snapshots select",
@@ -429,6 +435,18 @@ fn operators_functions_and_tables_of_the_same_names_in_the_search_path_change_no
 
 /// One call of each function that the service may call.
 const CALLS: &[(&str, &str)] = &[
+    (
+        "ack",
+        "select nightowls.ack('jobs', 1, '00000000-0000-4000-8000-000000000000')",
+    ),
+    (
+        "ack_many",
+        "select nightowls.ack_many('jobs', '{1}', array['00000000-0000-4000-8000-000000000000']::uuid[])",
+    ),
+    (
+        "ack_message",
+        "select nightowls.ack_message('1.1.' || '00000000-0000-4000-8000-000000000000')",
+    ),
     ("acquire_floor", "call nightowls.acquire_floor('c', 'a')"),
     (
         "alter_consumer",
@@ -437,6 +455,10 @@ const CALLS: &[(&str, &str)] = &[
     (
         "alter_projection",
         r#"select nightowls.alter_projection('tally', '{"otherwise": [{"op": "add", "path": "m"}]}')"#,
+    ),
+    (
+        "alter_queue",
+        "select nightowls.alter_queue('jobs', vt => 60)",
     ),
     (
         "append_event",
@@ -449,6 +471,11 @@ const CALLS: &[(&str, &str)] = &[
     (
         "append_many",
         r#"select nightowls.append_many('[{"aggregate_type": "order", "aggregate_id": "b", "events": [{"event_type": "noted"}]}]')"#,
+    ),
+    ("archive", "select nightowls.archive('jobs', 2)"),
+    (
+        "archive_many",
+        "select nightowls.archive_many('jobs', '{3}')",
     ),
     (
         "assert_floor",
@@ -471,12 +498,15 @@ const CALLS: &[(&str, &str)] = &[
         "create_projection",
         r#"select nightowls.create_projection('more', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}')"#,
     ),
+    ("create_queue", "select nightowls.create_queue('more')"),
     (
         "create_snapshot",
         "select nightowls.create_snapshot('tally', 'a'), nightowls.create_snapshot('handled', 'a')",
     ),
     ("create_snapshots", "select nightowls.create_snapshots()"),
     ("current_org", "select nightowls.current_org()"),
+    ("delete", "select nightowls.delete('jobs', 4)"),
+    ("delete_many", "select nightowls.delete_many('jobs', '{5}')"),
     (
         "drop_compaction",
         "select nightowls.drop_compaction('order')",
@@ -487,7 +517,16 @@ const CALLS: &[(&str, &str)] = &[
         "drop_projection",
         "select nightowls.drop_projection('more')",
     ),
+    ("drop_queue", "select nightowls.drop_queue('more')"),
     ("event_id_for", "select nightowls.event_id_for('a', 'b')"),
+    (
+        "extend",
+        "select nightowls.extend('jobs', 6, '00000000-0000-4000-8000-000000000000')",
+    ),
+    (
+        "extend_many",
+        "select nightowls.extend_many('jobs', '{6}', array['00000000-0000-4000-8000-000000000000']::uuid[])",
+    ),
     (
         "fail_event",
         "select nightowls.seek('c', 0); select nightowls.fail_event('c', min(position), 'x', max(fence)) from nightowls.fetch_events('c')",
@@ -506,20 +545,40 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.heartbeat_floor('c', 'a', fence) from nightowls.floors",
     ),
     ("last_event", "select nightowls.last_event('order', 'a')"),
+    ("list_queues", "select nightowls.list_queues()"),
+    (
+        "nack",
+        "select nightowls.nack('jobs', 6, '00000000-0000-4000-8000-000000000000')",
+    ),
+    (
+        "nack_many",
+        "select nightowls.nack_many('jobs', '{6}', array['00000000-0000-4000-8000-000000000000']::uuid[])",
+    ),
     (
         "park_event",
         "select nightowls.seek('c', 0); select nightowls.park_event('c', min(position), 'x', max(fence)) from nightowls.fetch_events('c')",
     ),
+    ("pause_queue", "select nightowls.pause_queue('jobs')"),
+    ("pop", "select nightowls.pop('jobs')"),
+    ("pop_queue", "select nightowls.pop_queue('jobs')"),
+    ("purge_archive", "select nightowls.purge_archive('jobs')"),
+    ("purge_queue", "select nightowls.purge_queue('jobs')"),
+    ("read", "select nightowls.read('jobs')"),
     (
         "read_aggregate",
         "select nightowls.read_aggregate('order', 'a')",
     ),
     ("read_events", "select nightowls.read_events()"),
     (
+        "read_with_poll",
+        "select nightowls.read_with_poll('jobs', max_wait => '0')",
+    ),
+    (
         "rebuild_projection",
         "select nightowls.rebuild_projection('tally'), nightowls.rebuild_projection('handled')",
     ),
     ("recent_events", "select nightowls.recent_events()"),
+    ("redrive", "select nightowls.redrive('jobs')"),
     // Of a view it is REFRESH MATERIALIZED VIEW, which event triggers take for DDL: the one exception.
     (
         "refresh_projection",
@@ -539,8 +598,14 @@ const CALLS: &[(&str, &str)] = &[
         "restore_aggregate",
         "select nightowls.restore_aggregate('order', 'a')",
     ),
+    ("resume_queue", "select nightowls.resume_queue('jobs')"),
     ("seek", "select nightowls.seek('c', 0)"),
     ("seek_time", "select nightowls.seek_time('c', now())"),
+    ("send", "select nightowls.send('jobs', '1', priority => 3)"),
+    (
+        "send_batch",
+        "select nightowls.send_batch('jobs', array['1', '2']::jsonb[], dedup_keys => '{a,b}', group_keys => '{c,d}')",
+    ),
     (
         "set_compaction",
         "select nightowls.set_compaction('order', mode => 'delete')",
@@ -553,6 +618,7 @@ const CALLS: &[(&str, &str)] = &[
         "set_snapshot_policy",
         "select nightowls.set_snapshot_policy('tally', 2), nightowls.set_snapshot_policy('handled', 2)",
     ),
+    ("set_vt", "select nightowls.set_vt('jobs', 6, 0)"),
     ("state", "select nightowls.state('tally', 'a')"),
     ("state_at", "select nightowls.state_at('tally', 'a', 1)"),
     (
@@ -578,7 +644,8 @@ fn nothing_that_the_service_may_call_runs_ddl() {
                create table public.seen (version bigint); grant all on public.seen to {SERVICE};
                create function public.see(event nightowls.events) returns void language sql
                begin atomic insert into public.seen values ((event).version); end;
-               select nightowls.create_table_projection('seen', 'order', 'public.seen', 'public.see')"#
+               select nightowls.create_table_projection('seen', 'order', 'public.seen', 'public.see');
+               select nightowls.create_queue('jobs'); select nightowls.send('jobs', to_jsonb(i)) from generate_series(1, 9) i"#
         ));
         db.superuser().exec(
             "create function public.no_ddl() returns event_trigger language plpgsql as $$

@@ -26,6 +26,8 @@ begin
   execute format('grant select on nightowls.published_changes to %I', grant_service.role);
   execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
                  'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
+  execute format('grant select on nightowls.queues, nightowls.queue_messages, nightowls.queue_marks, nightowls.queue_due_marks, '
+                 'nightowls.queue_dedup, nightowls.queue_archive to %I', grant_service.role);
   -- Neither position nor created_at: they are not the caller's to choose.
   execute format('grant insert (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id) '
                  'on nightowls.events to %I', grant_service.role);

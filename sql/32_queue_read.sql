@@ -1,0 +1,491 @@
+-- Reading a queue: claims, what is due, dead letters.
+
+-- Makes a dead letter of a message, which this transaction has locked.
+create function nightowls._bury(queue nightowls.queues, msg_id bigint, error text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_message nightowls.queue_messages;
+  v_to      nightowls.queues;
+  v_id      bigint;
+begin
+  select m.* into v_message
+    from nightowls.queue_messages m
+   where m.org_id = (_bury.queue).org_id and m.queue_id = (_bury.queue).queue_id and m.msg_id = _bury.msg_id
+     and m.state in ('r', 'd');
+  if not found then
+    return;
+  end if;
+  if (_bury.queue).dead_letter_queue is null then
+    update nightowls.queue_messages m
+       set state = 'x', due_at = clock_timestamp(), lease_until = null, receipt = null,
+           last_error = coalesce(_bury.error, m.last_error)
+     where m.org_id = v_message.org_id and m.queue_id = v_message.queue_id and m.msg_id = v_message.msg_id;
+  else
+    v_to := nightowls._queue((_bury.queue).org_id, (_bury.queue).dead_letter_queue);
+    perform nightowls._use_priority(v_to.org_id, v_to.queue_id, v_message.priority);
+    perform nightowls._hold_line(nightowls._org_class(v_to.org_id));
+    v_id := nextval('nightowls.queue_line_no');
+    update nightowls.queue_messages m
+       set queue_id = v_to.queue_id, state = 'r', line_no = v_id, due_at = clock_timestamp(), lease_until = null, receipt = null,
+           -- Ids are unique, but for those that were taken over from elsewhere.
+           msg_id = case when exists (
+                           select from nightowls.queue_messages o
+                            where o.org_id = v_to.org_id and o.queue_id = v_to.queue_id and o.msg_id = v_message.msg_id)
+                         then v_id else m.msg_id end,
+           group_key = null, read_ct = 0, last_error = coalesce(_bury.error, m.last_error),
+           source = jsonb_build_object(
+             'queue_id', m.queue_id, 'msg_id', m.msg_id, 'group_key', m.group_key, 'read_ct', m.read_ct, 'source', m.source,
+             'origin', coalesce(m.source -> 'origin', jsonb_build_object('queue_id', m.queue_id, 'msg_id', m.msg_id)))
+     where m.org_id = v_message.org_id and m.queue_id = v_message.queue_id and m.msg_id = v_message.msg_id;
+  end if;
+  if v_message.group_key is not null then
+    perform nightowls._go_on(v_message.org_id, v_message.queue_id, v_message.group_key);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._bury(nightowls.queues, bigint, text) from public;
+
+-- A group's head has gone: the next one follows now, or when a reader finds the word left for it.
+create function nightowls._go_on(org uuid, queue_id int, group_key text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if current_setting('transaction_isolation') not in ('repeatable read', 'serializable')
+     and nightowls._lock_group(_go_on.org, _go_on.queue_id, _go_on.group_key, false) then
+    perform nightowls._advance_group(_go_on.org, _go_on.queue_id, _go_on.group_key);
+  else
+    perform nightowls._leave_word(_go_on.org, _go_on.queue_id, _go_on.group_key);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._go_on(uuid, int, text) from public;
+
+-- What is due goes from the delayed line into the ready line, at most 100 at a time. Returns whether there was anything.
+create function nightowls._promote(org uuid, name text)
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_queue nightowls.queues := nightowls._queue(_promote.org, _promote.name);
+  v_mark  timestamptz;
+  v_tids  tid[];
+  v_ids   bigint[];
+  v_other boolean;
+  v_row   record;
+begin
+  if random() < 0.125 then
+    perform nightowls._move_due_mark(_promote.org, v_queue.queue_id);
+  end if;
+  v_mark := coalesce((
+    select k.mark
+      from nightowls.queue_due_marks k
+     where k.org_id = _promote.org and k.queue_id = v_queue.queue_id
+     order by k.mark desc
+     limit 1), '-infinity');
+  select array_agg(x.tid), array_agg(x.msg_id), bool_or(x.state = 's' or x.read_ct >= v_queue.max_attempts)
+    into v_tids, v_ids, v_other
+    from (select m.ctid as tid, m.msg_id, m.state, m.read_ct
+            from nightowls.queue_messages m
+           where m.org_id = _promote.org and m.queue_id = v_queue.queue_id
+             and m.state in ('d', 's') and m.due_at >= v_mark and m.due_at <= clock_timestamp()
+           order by m.due_at
+           limit 100
+             for update skip locked) x;
+  if v_tids is null then
+    return false;
+  end if;
+  perform nightowls._hold_line(nightowls._org_class(_promote.org));
+  update nightowls.queue_messages m
+     set state = 'r', line_no = n.line_no, lease_until = null, receipt = null
+    from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
+   where m.ctid = n.tid
+     and m.state = 'd' and (m.read_ct >= v_queue.max_attempts) is not true;
+  if v_other then
+    for v_row in
+      select m.msg_id, m.state, m.group_key
+        from nightowls.queue_messages m
+       where m.org_id = _promote.org and m.queue_id = v_queue.queue_id and m.msg_id = any (v_ids)
+         and m.state in ('d', 's')
+       order by m.msg_id
+    loop
+      if v_row.state = 'd' then
+        perform nightowls._bury(v_queue, v_row.msg_id, 'the lease ran out');
+      elsif current_setting('transaction_isolation') not in ('repeatable read', 'serializable')
+            and nightowls._lock_group(_promote.org, v_queue.queue_id, v_row.group_key, false) then
+        delete from nightowls.queue_messages m
+         where m.org_id = _promote.org and m.queue_id = v_queue.queue_id and m.msg_id = v_row.msg_id;
+        perform nightowls._advance_group(_promote.org, v_queue.queue_id, v_row.group_key);
+      else
+        -- Somebody is sending to the group, and may be for long: look again later.
+        update nightowls.queue_messages m
+           set due_at = clock_timestamp() + interval '100 milliseconds', line_no = nextval('nightowls.queue_line_no')
+         where m.org_id = _promote.org and m.queue_id = v_queue.queue_id and m.msg_id = v_row.msg_id;
+      end if;
+    end loop;
+  end if;
+  return true;
+end;
+$$;
+
+revoke all on function nightowls._promote(uuid, text) from public;
+
+-- The places of the messages to be read next in a queue with priorities, the highest first.
+create function nightowls._claim_by_priority(org uuid, queue_id int, qty int)
+  returns tid[]
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_now timestamptz := clock_timestamp();
+begin
+  return (
+    select array_agg(c.tid)
+      from (select m.tid
+              from (select p.priority, k.mark
+                      from unnest('{9,8,7,6,5,4,3,2,1,0}'::smallint[]) as p (priority)
+                     cross join lateral (
+                             select max(x.mark) as mark
+                               from (select o.mark
+                                       from nightowls.queue_marks o
+                                      where o.org_id = _claim_by_priority.org
+                                        and o.queue_id = _claim_by_priority.queue_id and o.priority = p.priority
+                                      order by o.mark desc
+                                      limit 1) x) k
+                    offset 0) l
+             cross join lateral (
+                     select o.ctid as tid
+                       from nightowls.queue_messages o
+                      where o.org_id = _claim_by_priority.org and o.queue_id = _claim_by_priority.queue_id
+                        and o.state = 'r' and o.priority = l.priority and o.line_no >= coalesce(l.mark, 0)
+                        and (o.lease_until is null or o.lease_until <= v_now)
+                        and (l.priority = 0 or l.mark is not null)
+                      order by o.line_no
+                      limit _claim_by_priority.qty
+                        for update skip locked) m
+             limit _claim_by_priority.qty) c);
+end;
+$$;
+
+revoke all on function nightowls._claim_by_priority(uuid, int, int) from public;
+
+create function nightowls._check_read(vt int, qty int)
+  returns void
+  language plpgsql
+  immutable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _check_read.qty is null then
+    raise exception 'qty must not be null' using errcode = 'null_value_not_allowed';
+  elsif _check_read.qty < 0 then
+    raise exception 'qty must be 0 or more' using errcode = 'invalid_parameter_value';
+  elsif _check_read.vt < 0 then
+    raise exception 'vt must be 0 or more' using errcode = 'invalid_parameter_value';
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._check_read(int, int) from public;
+
+-- Makes dead letters of what a claim has found that was delivered too often already. Returns whether there was any.
+create function nightowls._bury_claimed(org uuid, name text, tids tid[])
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_queue nightowls.queues := nightowls._queue(_bury_claimed.org, _bury_claimed.name);
+  v_ids   bigint[];
+  v_id    bigint;
+begin
+  v_ids := array(
+    select m.msg_id
+      from nightowls.queue_messages m
+     where m.ctid = any (_bury_claimed.tids) and m.read_ct >= v_queue.max_attempts
+     order by m.msg_id);
+  foreach v_id in array v_ids loop
+    perform nightowls._bury(v_queue, v_id, 'the lease ran out');
+  end loop;
+  return v_ids <> '{}';
+end;
+$$;
+
+revoke all on function nightowls._bury_claimed(uuid, text, tid[]) from public;
+
+-- One look finds the queue, its mark and the messages to claim, and locks them; a second statement claims them by their places.
+-- Neither can be planned as a walk over the queue. taking: pop, which deletes them instead.
+-- Definer: nobody else may write to the queue's tables.
+create function nightowls._read(org uuid, name text, vt int, qty int, taking boolean)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_now     timestamptz := clock_timestamp();
+  v_qty     int := _read.qty;
+  v_receipt uuid := gen_random_uuid();
+  v_claim   record;
+  v_tids    tid[];
+begin
+  if (v_qty >= 0 and coalesce(_read.vt, 0) >= 0) is not true then
+    perform nightowls._check_read(_read.vt, v_qty);
+  end if;
+
+  loop
+    select q.queue_id, q.vt, q.max_attempts, q.paused_at, coalesce(l.priority, 0) as priority, coalesce(l.mark, 0) as mark, c.*,
+           case when c.found < v_qty or random() < 0.125 then exists (
+             select from nightowls.queue_messages d
+              where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's') and d.due_at <= v_now
+                and d.due_at >= coalesce((
+                      select k.mark
+                        from nightowls.queue_due_marks k
+                       where k.org_id = q.org_id and k.queue_id = q.queue_id
+                       order by k.mark desc
+                       limit 1), '-infinity')) end as due
+      into v_claim
+      from nightowls.queues q
+      left join lateral (
+             select k.priority, k.mark
+               from nightowls.queue_marks k
+              where k.org_id = q.org_id and k.queue_id = q.queue_id
+              order by k.priority desc, k.mark desc
+              limit 1) l on true
+     cross join lateral (
+             select array_agg(x.tid) as tids, count(*) as found, min(x.line_no) as first, bool_or(x.dead) as dead,
+                    bool_or(x.tied) as tied
+               from (select m.ctid as tid, m.line_no, m.read_ct >= q.max_attempts as dead,
+                            m.group_key is not null or m.dedup_key is not null as tied
+                       from nightowls.queue_messages m
+                      where m.org_id = q.org_id and m.queue_id = q.queue_id and m.state = 'r' and m.priority = 0
+                        and m.line_no >= coalesce(l.mark, 0)
+                        and (m.lease_until is null or m.lease_until <= v_now)
+                        and q.paused_at is null and coalesce(l.priority, 0) = 0
+                      order by m.line_no
+                      limit v_qty
+                        for update skip locked) x) c
+     where q.org_id = _read.org and q.name = nightowls._queue_name(_read.name);
+    if not found then
+      perform nightowls._refuse_queue(_read.org, _read.name);
+    elsif v_claim.paused_at is not null then
+      return;
+    end if;
+
+    v_tids := v_claim.tids;
+    if v_claim.priority > 0 then
+      v_tids := nightowls._claim_by_priority(_read.org, v_claim.queue_id, v_qty);
+    end if;
+    if v_claim.dead or v_claim.priority > 0 and v_claim.max_attempts is not null then
+      if nightowls._bury_claimed(_read.org, _read.name, v_tids) then
+        continue;
+      end if;
+    end if;
+
+    if v_tids is null then
+      null;
+    elsif _read.taking then
+      return query select * from nightowls._take(_read.org, _read.name, v_tids, v_claim.tied or v_claim.priority > 0);
+    elsif cardinality(v_tids) = 1 then
+      return query
+        update nightowls.queue_messages m
+           set lease_until = v_now + make_interval(secs => coalesce(_read.vt, v_claim.vt)), receipt = v_receipt,
+               read_ct = m.read_ct + 1, last_read_at = v_now
+         where m.ctid = v_tids[1]
+        returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
+    else
+      return query
+        with claimed as (
+          update nightowls.queue_messages m
+             set lease_until = v_now + make_interval(secs => coalesce(_read.vt, v_claim.vt)), receipt = v_receipt,
+                 read_ct = m.read_ct + 1, last_read_at = v_now
+           where m.ctid = any (v_tids)
+          returning m.priority, m.line_no, m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers,
+                    m.receipt
+        )
+        select c.msg_id, c.read_ct, c.enqueued_at, c.last_read_at, c.lease_until, c.message, c.headers, c.receipt
+          from claimed c
+         order by c.priority desc, c.line_no;
+    end if;
+
+    exit when v_claim.due is not true or not nightowls._promote(_read.org, _read.name);
+    v_qty := v_qty - coalesce(cardinality(v_tids), 0);
+    exit when v_qty = 0;
+  end loop;
+
+  if v_claim.priority > 0 then
+    if random() < 0.0625 then
+      perform nightowls._move_marks(_read.org, v_claim.queue_id);
+    end if;
+  elsif coalesce(v_claim.first, pg_sequence_last_value('nightowls.queue_line_no')) > v_claim.mark + 64 and random() < 0.125 then
+    perform nightowls._move_mark(_read.org, v_claim.queue_id, 0);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._read(uuid, text, int, int, boolean) from public;
+
+create function nightowls.read(queue text, vt int default null, qty int default 1, org uuid default null)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+    select r.* from nightowls._read(nightowls.current_org(read.org), read.queue, read.vt, read.qty, false) r;
+end;
+$$;
+
+comment on function nightowls.read(text, int, int, uuid) is
+  'Delivers up to qty messages of a queue, those of the highest priority first, then in the order in which they joined the line. Each is '
+  'the reader''s alone for vt seconds, by default the queue''s; settle it within that time with ack, nack or archive and its receipt (the '
+  'messages of one call share one), or ask for more with extend; else it is delivered again. A message that was delivered max_attempts times '
+  'becomes a dead letter instead. queue: its name; org: the tenant. Waits for nobody: what another transaction is claiming is passed over. '
+  'Raises NW007 if the queue does not exist, NW010 if there is no org, 22004 or 22023 for an argument that is null or negative, 40001 above '
+  'read committed when somebody else was quicker.';
+
+revoke all on function nightowls.read(text, int, int, uuid) from public;
+
+create function nightowls.read_with_poll(
+  queue    text,
+  vt       int default null,
+  qty      int default 1,
+  max_wait interval default '5 seconds',
+  org      uuid default null
+)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org   uuid := nightowls.current_org(read_with_poll.org);
+  v_until timestamptz := clock_timestamp() + read_with_poll.max_wait;
+  v_pause float8 := 0.005;
+begin
+  if read_with_poll.max_wait is null then
+    raise exception 'max_wait must not be null' using errcode = 'null_value_not_allowed';
+  elsif read_with_poll.max_wait < interval '0' then
+    raise exception 'max_wait must be 0 or more' using errcode = 'invalid_parameter_value';
+  end if;
+  loop
+    return query
+      select r.* from nightowls._read(v_org, read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, false) r;
+    exit when found or clock_timestamp() >= v_until;
+    perform pg_sleep(least(v_pause, extract(epoch from v_until - clock_timestamp())));
+    v_pause := least(v_pause * 1.5, 0.25);
+  end loop;
+end;
+$$;
+
+comment on function nightowls.read_with_poll(text, int, int, interval, uuid) is
+  'As read, but waits up to max_wait for a message if there is none. It looks again after pauses that grow from 5 to 250 milliseconds, and '
+  'keeps its snapshot while it waits: for long waits call it again rather than wait longer. queue, vt, qty and org as in read. Raises '
+  'NW007 if the queue does not exist, NW010 if there is no org, 22004 or 22023 for an argument that is null or negative.';
+
+revoke all on function nightowls.read_with_poll(text, int, int, interval, uuid) from public;
+
+create function nightowls.pop(queue text, qty int default 1, org uuid default null)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+    select r.* from nightowls._read(nightowls.current_org(pop.org), pop.queue, 0, pop.qty, true) r;
+end;
+$$;
+
+comment on function nightowls.pop(text, int, uuid) is
+  'Delivers up to qty messages of a queue and deletes them at once: what the caller then fails to do is lost, so use read where that '
+  'matters. The rows have no receipt. queue: its name; org: the tenant. Waits for nobody. Raises NW007 if the queue does not exist, NW010 if '
+  'there is no org, 22004 or 22023 if qty is null or negative.';
+
+revoke all on function nightowls.pop(text, int, uuid) from public;
+
+create function nightowls.pop_queue(
+  queue_name         text,
+  batch_size         int default 1,
+  visibility_timeout int default 30,
+  org                uuid default null
+)
+  returns table (id text, payload jsonb, read_ct int, enqueued_at timestamptz, vt timestamptz, headers jsonb)
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org   uuid := nightowls.current_org(pop_queue.org);
+  v_queue int := (nightowls._queue(v_org, pop_queue.queue_name)).queue_id;
+begin
+  return query
+    select v_queue || '.' || r.msg_id || '.' || r.receipt, r.message, r.read_ct, r.enqueued_at, r.vt, r.headers
+      from nightowls._read(v_org, pop_queue.queue_name, pop_queue.visibility_timeout, pop_queue.batch_size, false) r;
+end;
+$$;
+
+comment on function nightowls.pop_queue(text, int, int, uuid) is
+  'As read, in the words of a worker that calls it over PostgREST: up to batch_size messages, each the caller''s for visibility_timeout '
+  'seconds. id: give it to ack_message when the work is done; payload: the message. queue_name: the queue; org: the tenant. Raises NW007 if '
+  'the queue does not exist, NW010 if there is no org, 22004 or 22023 for an argument that is null or negative.';
+
+revoke all on function nightowls.pop_queue(text, int, int, uuid) from public;
