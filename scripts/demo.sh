@@ -94,7 +94,7 @@ value() { sql -At -c "$1"; }
 # What the database was made with: it is made anew when the extension or the demo has changed.
 made_with() {
   cat "$bin/postgres" "$("$bin/pg_config" --pkglibdir)/nightowls.so" \
-    "$("$bin/pg_config" --sharedir)"/extension/nightowls* "$root/demo/history.sql" | sha256sum | cut -c 1-16
+    "$("$bin/pg_config" --sharedir)"/extension/nightowls* "$root"/demo/{history,long}.sql | sha256sum | cut -c 1-16
 }
 
 make_database() {
@@ -253,6 +253,7 @@ take_in
 tour summary.sql
 prove
 tour guarantees.sql
+tour long.sql
 
 title 'Go on'
 line "$("$command" --print "$database")"
