@@ -8,7 +8,7 @@ use crate::fixture::{default_org, lines, new_org};
 use crate::projections::text;
 use crate::support::{Cluster, Db, Install, SERVICE, on_each_install, own_cluster};
 
-/// A log with some of everything in it: orgs, ids, decimals, letters, a tombstone,
+/// A log with some of everything in it: orgs, ids, decimals, letters, a tombstone, an erasure,
 /// gaps in the positions, and reducers that fold it.
 fn fill_log(db: &Db) -> String {
     let org = default_org(db);
@@ -44,6 +44,7 @@ fn fill_log(db: &Db) -> String {
     service.exec(
         "select nightowls.request_floor('thread', 'ann', request_id => 'r1'), nightowls.request_floor('thread', 'bob')",
     );
+    service.exec("select nightowls.erase('order', 'o5', 'asked')");
     org
 }
 
@@ -89,6 +90,7 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.orgs",
         "nightowls.org_members",
         "nightowls.settings",
+        "nightowls.imports",
         "nightowls.events",
         "nightowls.routes",
         "nightowls.projections",

@@ -10,6 +10,7 @@ mod cdc;
 mod compaction;
 mod consumers;
 mod dump;
+mod erasure;
 mod errors;
 mod fixture;
 mod floors;

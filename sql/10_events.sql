@@ -576,6 +576,7 @@ begin
                    when n.aggregate_type = '' or n.aggregate_id = '' or n.event_type = '' then 'empty'
                    when octet_length(n.aggregate_type) > 255 or octet_length(n.aggregate_id) > 1024
                      or octet_length(n.event_type) > 255 then 'long'
+                   when starts_with(n.event_type, 'nightowls.') then 'reserved'
                    when n.position <= coalesce(v_low, 9223372036854775807)
                      or n.position > (select s.last_value from nightowls.events_position_seq s)
                      or n.position > currval('nightowls.events_position_seq') then 'position'
@@ -616,6 +617,8 @@ begin
     raise exception 'aggregate_type, aggregate_id or event_type is too long'
       using errcode = 'program_limit_exceeded',
             detail = 'An aggregate_type or event_type has at most 255 bytes, an aggregate_id 1024.';
+  when 'reserved' then
+    perform nightowls._refuse_reserved();
   when 'position' then
     raise exception 'a position cannot be chosen'
       using errcode = 'invalid_parameter_value',

@@ -28,6 +28,40 @@ $$;
 
 revoke all on function nightowls._refuse_names(text, text, text) from public;
 
+create function nightowls._refuse_reserved()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'event types that begin with nightowls. are nightowls'' own'
+    using errcode = 'invalid_parameter_value', hint = 'Choose another name; to erase, call nightowls.erase().';
+end;
+$$;
+
+revoke all on function nightowls._refuse_reserved() from public;
+
+create function nightowls._refuse_erased(event_id uuid)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'event % has been erased', _refuse_erased.event_id
+    using errcode = 'NW009',
+          detail = 'It was appended before, and what it said is forgotten.',
+          hint = 'Do not retry. A new event takes a new event_id.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_erased(uuid) from public;
+
 create function nightowls._refuse_version(aggregate_type text, aggregate_id text, expected bigint, actual bigint)
   returns void
   language plpgsql
@@ -119,6 +153,8 @@ begin
     raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
   elsif jsonb_typeof(_check_append_arguments.metadata) <> 'object' then
     raise exception 'metadata must be a JSON object' using errcode = 'invalid_parameter_value';
+  elsif starts_with(_check_append_arguments.event_type, 'nightowls.') then
+    perform nightowls._refuse_reserved();
   elsif nightowls._is_too_large(_check_append_arguments.payload)
      or nightowls._is_too_large(_check_append_arguments.metadata) then
     perform nightowls._refuse_size();
@@ -176,6 +212,7 @@ declare
 begin
   -- What is small cannot be too deep: a level takes 8 bytes. In an array nothing is compressed. The rest is looked at more closely.
   if ('' <> all (array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type])
+      and not starts_with(_append_one.event_type, 'nightowls.')
       and pg_column_size(array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type]) < 256
       and pg_column_size(array[_append_one.payload, _append_one.metadata]) < 800
       and _append_one.payload is not null
@@ -201,6 +238,8 @@ begin
         if v_known.aggregate_type = _append_one.aggregate_type and v_known.aggregate_id = _append_one.aggregate_id
            and v_known.event_type = _append_one.event_type and v_known.payload = _append_one.payload then
           return (v_known."position", v_known.version)::nightowls.append_result;
+        elsif v_known.event_type = 'nightowls.erased' then
+          perform nightowls._refuse_erased(_append_one.event_id);
         end if;
         raise exception 'event % exists already with another body', _append_one.event_id
           using errcode = 'NW002',
@@ -333,7 +372,7 @@ comment on function nightowls.append_event(text, text, text, jsonb, bigint, uuid
   '-1 it must exist; event_id: idempotency key, a retry returns the first result whatever it expects; metadata: actor_id, '
   'request_id, trace_id and so on; container and fence: only while this floor is held with this fence; org: the tenant. '
   'Waits for an open append to the same aggregate, for nothing else. Raises NW001 if the expectation is missed, NW002 if '
-  'the event_id exists with another body, NW003 if the fence is too old, NW010 if there is no org, 22004 or 22023 for an '
+  'the event_id exists with another body, NW009 if its event was erased, NW003 if the fence is too old, NW010 if there is no org, 22004 or 22023 for an '
   'argument that is null, empty or not valid, 54000 for one that is too long, too large or too deep.';
 
 revoke all on function nightowls.append_event(text, text, text, jsonb, bigint, uuid, jsonb, text, bigint, uuid) from public;
@@ -357,7 +396,8 @@ create function nightowls._known_batch(
 as $$
 #variable_conflict use_column
 declare
-  v_good bigint;
+  v_good   bigint;
+  v_erased uuid;
 begin
   -- Where each aggregate's part of the batch began, by the first of its events that is known.
   return query
@@ -388,6 +428,14 @@ begin
      order by e."position";
   get diagnostics v_good = row_count;
   if v_good < cardinality(_known_batch.event_ids) then
+    select e.event_id into v_erased
+      from unnest(_known_batch.event_ids) as i (event_id)
+      join nightowls.all_events e on e.org_id = _known_batch.org and e.event_id = i.event_id
+     where e.event_type = 'nightowls.erased'
+     limit 1;
+    if found then
+      perform nightowls._refuse_erased(v_erased);
+    end if;
     raise exception 'event ids of this call exist already with another body'
       using errcode = 'NW002',
             detail = format('Of %s events %s are there in this aggregate, in this order, with this body.',
@@ -556,10 +604,11 @@ create function nightowls._parse_events(
 as $$
 #variable_conflict use_column
 declare
-  v_uuid  constant text := '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$';
-  v_good  boolean;
-  v_long  boolean;
-  v_fault text;
+  v_uuid     constant text := '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$';
+  v_good     boolean;
+  v_long     boolean;
+  v_reserved boolean;
+  v_fault    text;
 begin
   if _parse_events.events is null then
     raise exception '% must not be null', _parse_events.path using errcode = 'null_value_not_allowed';
@@ -575,8 +624,9 @@ begin
                    and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
                    and (x.event_id is null or x.event_id ~ v_uuid)
                    and x.e - '{event_type,payload,metadata,event_id}'::text[] = '{}') is true),
-         max(octet_length(x.event_type)) > 255
-    into _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids, v_good, v_long
+         max(octet_length(x.event_type)) > 255, bool_or(starts_with(x.event_type, 'nightowls.'))
+    into _parse_events.event_types, _parse_events.payloads, _parse_events.metadatas, _parse_events.event_ids, v_good, v_long,
+         v_reserved
     from (select u.e, u.e ->> 'event_type' as event_type, u.e -> 'payload' as payload, u.e -> 'metadata' as metadata,
                  u.e ->> 'event_id' as event_id
             from jsonb_array_elements(_parse_events.events) with ordinality as u (e, no)
@@ -605,6 +655,8 @@ begin
             hint = 'An event is {"event_type": text, "payload": any, "metadata": object, "event_id": uuid}; only event_type is required.';
   elsif v_long then
     perform nightowls._refuse_names('any', 'any', repeat('x', 256));
+  elsif v_reserved then
+    perform nightowls._refuse_reserved();
   elsif jsonb_path_exists(_parse_events.events, 'strict $.**{102} ? (@.type() == "object" || @.type() == "array")') then
     perform nightowls._refuse_depth();
   elsif nightowls._is_too_large(_parse_events.events)
@@ -735,7 +787,7 @@ comment on function nightowls.append_events(text, text, jsonb, bigint, text, big
   'events: a JSON array of {"event_type", "payload", "metadata", "event_id"}; the other arguments as in append_event. A retry '
   'whose event ids are all known, in this order and with these bodies, returns the first result. '
   'Waits for an open append to the same aggregate, for nothing else. Raises NW001 if the expectation is missed, NW002 if some '
-  'event ids exist and some do not or with another body, NW003 if the fence is too old, NW010 if there is no org, 22004 or '
+  'event ids exist and some do not or with another body, NW009 if one''s event was erased, NW003 if the fence is too old, NW010 if there is no org, 22004 or '
   '22023 for an argument that is null or not valid, 54000 for one that is too long, too large or too deep, '
   '40001 above read committed when somebody else appended.';
 

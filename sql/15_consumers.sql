@@ -1103,6 +1103,14 @@ begin
       using errcode = 'invalid_parameter_value';
   end if;
 
+  -- What is told of an erased event may tell what was erased.
+  perform nightowls._share_erasure(_fail_event.org);
+  if exists (
+       select from nightowls.events e
+        where e.org_id = _fail_event.org and e."position" = _fail_event.event_position
+          and e.event_type = 'nightowls.erased' and e.payload = '{}') then
+    _fail_event.error := null;
+  end if;
   insert into nightowls._consumer_failures as f (org_id, consumer, "position", attempts, error)
   values (_fail_event.org, v_consumer.name, _fail_event.event_position, 1, _fail_event.error)
   on conflict (org_id, consumer, "position") do update

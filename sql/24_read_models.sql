@@ -215,6 +215,7 @@ begin
       using errcode = 'duplicate_table', hint = 'A view projection serves all orgs: its name is unique among them. Choose another.';
   end if;
 
+  perform nightowls._share_erasure(null);
   execute format('create materialized view %s as %s', v_data, create_view_projection.query);
   select array_agg(a.attname::text order by a.attnum) into v_columns
     from pg_attribute a

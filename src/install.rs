@@ -77,6 +77,7 @@ sql_files! {
     Both "read_models" "../sql/24_read_models.sql",
     Both "snapshots" "../sql/25_snapshots.sql",
     Both "compaction" "../sql/27_compaction.sql",
+    Both "erasure" "../sql/28_erasure.sql",
     Both "queue" "../sql/30_queue.sql",
     Both "queue_send" "../sql/31_queue_send.sql",
     Both "queue_read" "../sql/32_queue_read.sql",
