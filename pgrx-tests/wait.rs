@@ -6,7 +6,7 @@ use std::sync::{Arc, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::fixture::{Random, default_org, lines, together};
+use crate::fixture::{Random, default_org, lines, org_apart_from, together};
 use crate::support::{
     Cluster, Db, Install, Refusal, SERVICE, STRANGER, Session, kill, own_cluster_with,
     preloaded_server, server, wait_until,
@@ -783,5 +783,108 @@ fn strangers_neither_wake_nor_sleep() {
         for call in ["select nightowls._wake('bell')", &nap("bell")] {
             assert_eq!(stranger.refused(call).code, "42501");
         }
+    });
+}
+
+#[test]
+fn a_fetch_waits_until_what_holds_events_back_lets_go() {
+    on_each_that_wakes(|db| {
+        let org = default_org(db);
+        let apart = org_apart_from(db, &org);
+        // A fetch that nobody woke would take as long as the longest nap.
+        db.superuser().exec(
+            "create function public.fetched(type text) returns text language plpgsql as $$ \
+             declare \
+               v_start timestamptz := clock_timestamp(); \
+               v_found text; \
+             begin \
+               select string_agg(f.event_type, ' ') into v_found \
+                 from nightowls.fetch_events(fetched.type, max_wait => '1 minute', lease => '1 ms') f; \
+               if clock_timestamp() - v_start >= interval '10 s' then return 'too late'; end if; \
+               return v_found; \
+             end; \
+             $$",
+        );
+        let append = |org: &str, event: &str| {
+            format!(
+                "select nightowls.append_event('cart', gen_random_uuid()::text, '{event}', org => '{org}')"
+            )
+        };
+        let insert = format!(
+            "insert into nightowls.events (org_id, aggregate_type, aggregate_id, event_type) \
+             values ('{apart}', 'cart', gen_random_uuid()::text, 'other')"
+        );
+        // What somebody does before another appends, and how it lets go of what it holds.
+        let cases = [
+            (String::new(), "select 1".to_owned()),
+            (append(&org, "undone"), "rollback".to_owned()),
+            (
+                format!("savepoint a; {}", append(&org, "undone")),
+                "rollback to a".to_owned(),
+            ),
+            (insert.clone(), "rollback".to_owned()),
+            (insert, "commit".to_owned()),
+        ];
+        let mut owner = db.owner();
+        for (number, (first, then)) in cases.iter().enumerate() {
+            owner.exec(&format!(
+                "select nightowls.create_consumer('case {number}', start => 'end')"
+            ));
+            let mut sleeper = db.session(SERVICE);
+            let pid = sleeper.pid();
+            let fetched = thread::scope(|scope| {
+                let fetched = scope.spawn(move || {
+                    sleeper.value(&format!("select public.fetched('case {number}')"))
+                });
+                until_asleep(db, &[pid]);
+                let mut holder = db.session(SERVICE);
+                holder.exec(&format!("begin; {first}"));
+                db.session(SERVICE).exec(&append(&org, "placed"));
+                until_asleep_or_done(db, pid);
+                holder.exec(then);
+                let fetched = fetched.join().expect("the fetch ends");
+                holder.exec("rollback");
+                fetched
+            });
+            assert_eq!(fetched.as_deref(), Some("placed"), "{first} … {then}");
+        }
+    });
+}
+
+/// Waits until a backend has lain down or has nothing to do any more.
+#[track_caller]
+fn until_asleep_or_done(db: &Db, pid: i32) {
+    let mut watcher = db.superuser();
+    wait_until("it sleeps or is done", Duration::from_secs(20), || {
+        watcher
+            .value(&format!(
+                "select 1 from pg_stat_activity where pid = {pid} \
+                 and state = 'active' and wait_event_type is distinct from 'Extension'"
+            ))
+            .is_none()
+    });
+}
+
+#[test]
+fn a_fetch_that_waits_sees_a_consumer_that_is_put_back() {
+    on_each_that_wakes(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        owner.exec("select nightowls.append_event('cart', '1', 'placed')");
+        owner.exec("select nightowls.create_consumer('mail', start => 'end')");
+        let mut sleeper = db.session(SERVICE);
+        let pid = sleeper.pid();
+        thread::scope(|scope| {
+            let fetched = scope.spawn(move || {
+                sleeper.exec("set statement_timeout = '9 s'");
+                sleeper.value(
+                    "select event_type from nightowls.fetch_events('mail', max_wait => '1 minute')",
+                )
+            });
+            until_asleep(db, &[pid]);
+            owner.exec("select nightowls.seek('mail', 0)");
+            let fetched = fetched.join().expect("the fetch ends");
+            assert_eq!(fetched.as_deref(), Some("placed"));
+        });
     });
 }

@@ -209,7 +209,8 @@ begin
     return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(v_mark)) is not null;
   end if;
   return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(_hold_again.last)) is not null
-     and set_config('nightowls.held', replace(v_held, '#', v_class || ':' || _hold_again.last || '|#'), true) <> '';
+     and set_config('nightowls.held', replace(v_held, '#', v_class || ':' || _hold_again.last || '|#'), true) <> ''
+     and nightowls._wake_readers(v_class);
 end;
 $$;
 
@@ -226,6 +227,7 @@ create function nightowls._hold(org uuid, last bigint)
     else pg_advisory_xact_lock_shared(nightowls._lock_class(nightowls._org_class(org)), nightowls._lock_key(last)) is not null
          and set_config('nightowls.held',
                         concat(pg_current_xact_id()::text, '|', nightowls._org_class(org), ':', last, '|#0'), true) is not null
+         and nightowls._wake_readers(nightowls._org_class(org))
   end;
 
 revoke all on function nightowls._hold(uuid, bigint) from public;

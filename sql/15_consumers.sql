@@ -274,6 +274,7 @@ begin
    where c.org_id = _begin_generation.org and c.name = _begin_generation.consumer;
   delete from nightowls._consumer_offsets o
    where o.org_id = _begin_generation.org and o.consumer = _begin_generation.consumer and o.generation = v_old;
+  perform nightowls._wake('events/' || nightowls._org_class(_begin_generation.org));
 end;
 $$;
 
@@ -772,6 +773,37 @@ $$;
 
 revoke all on function nightowls._fetch(uuid, text, int, int, interval) from public;
 
+-- How many milliseconds fetch_events may sleep for new events. Whose share others have now, or have failed with, looks more
+-- often: nobody says when that is over.
+-- Definer: the tables are closed.
+create function nightowls._fetch_nap(org uuid, consumer text)
+  returns int
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_consumer nightowls.consumers := nightowls._consumer(_fetch_nap.consumer, _fetch_nap.org);
+begin
+  if v_consumer.members > 1 or v_consumer.drain_to is not null
+     or exists (select from nightowls._share_states(v_consumer) s
+                 where s.lease_until > clock_timestamp() or s.paused_until > clock_timestamp()) then
+    return 250;
+  end if;
+  return 10000;
+end;
+$$;
+
+revoke all on function nightowls._fetch_nap(uuid, text) from public;
+
 create function nightowls.fetch_events(
   consumer   text,
   max_events int default 1000,
@@ -801,7 +833,9 @@ as $$
 declare
   v_org   uuid := nightowls.current_org(fetch_events.org);
   v_until timestamptz := clock_timestamp() + fetch_events.max_wait;
-  v_pause double precision := 0.01;
+  v_key   text := 'events/' || nightowls._org_class(v_org);
+  v_seen  bigint := nightowls._wake_count(v_key);
+  v_nth   int := 0;
 begin
   perform nightowls._check_max_events(fetch_events.max_events);
   if fetch_events.member is null or fetch_events.lease is null or fetch_events.max_wait is null then
@@ -822,8 +856,9 @@ begin
              (f.event).event_type, (f.event).payload, (f.event).metadata, (f.event).event_id, (f.event).created_at
         from nightowls._fetch(v_org, fetch_events.consumer, fetch_events.max_events, fetch_events.member, fetch_events.lease) f;
     exit when found or clock_timestamp() >= v_until;
-    perform pg_sleep(least(v_pause, extract(epoch from v_until - clock_timestamp())));
-    v_pause := least(v_pause * 1.5, 0.25);
+    v_seen := nightowls._nap(v_key, v_seen, v_nth, least(nightowls._fetch_nap(v_org, fetch_events.consumer),
+                                                         ceil(extract(epoch from v_until - clock_timestamp()) * 1000)::int));
+    v_nth := v_nth + 1;
   end loop;
 end;
 $$;
@@ -832,7 +867,7 @@ comment on function nightowls.fetch_events(text, int, int, interval, interval, u
   'The next events of a consumer, in order, at most max_events, each with the fence under which they are given out; none if there are '
   'none, or if somebody else is at work on them. Commit with commit_offset, in the transaction that has the effects. consumer: its name; '
   'member: which of its members asks, from 0; lease: how long nobody else gets them; after that whoever asks does, and this fence counts for '
-  'nothing; max_wait: how long to wait for events, at most 1 minute; org: the tenant. No event is ever skipped, whatever commits late. '
+  'nothing; max_wait: how long to wait for events, at most 1 minute, holding a connection; org: the tenant. No event is ever skipped, whatever commits late. '
   'Looks at no more than 50,000 events a call and remembers how far it got. Locks the share it takes until the transaction ends, '
   'and waits for nobody. Raises NW007 if the consumer does not exist, 22004 or 22023 for an argument that is null or not valid, 25001 '
   'above read committed, 55000 on a standby, NW010 if there is no org.';
@@ -1234,6 +1269,7 @@ begin
        and e.org_id = f.org_id and e."position" = f."position"
        and s.share = nightowls._share(e.aggregate_type, e.aggregate_id, v_consumer.members)
        and f."position" > case when s.member is null or s.replaying then s."offset" else s.scanned_to end;
+    perform nightowls._wake('events/' || nightowls._org_class(_settle_parked.org));
   else
     -- What lies before the offset is done; the rest must not come again.
     delete from nightowls._consumer_failures f

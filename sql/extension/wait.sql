@@ -55,6 +55,17 @@ as 'MODULE_PATHNAME', 'wake_wrapper';
 
 revoke all on function nightowls._wake(text, int) from public;
 
+-- Wakes who naps for 'events/<class>', a class of holds (256: all of them), when this transaction has ended, however it does:
+-- then its hold lets readers go on. Always true.
+create function nightowls._wake_readers(class int)
+  returns boolean
+  language c
+  volatile
+  parallel unsafe
+as 'MODULE_PATHNAME', 'wake_readers_wrapper';
+
+revoke all on function nightowls._wake_readers(int) from public;
+
 -- Commits, then naps as _nap does, and holds no snapshot meanwhile: for procedures that wait long.
 create procedure nightowls._nap_without_snapshot(key text, seen bigint, nth int, max_ms int)
   language c

@@ -57,6 +57,15 @@ create function nightowls._wake(key text, waiters int default 2147483647)
 
 revoke all on function nightowls._wake(text, int) from public;
 
+create function nightowls._wake_readers(class int)
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return true;
+
+revoke all on function nightowls._wake_readers(int) from public;
+
 -- What sleeps in PL/pgSQL holds a snapshot, here one no older than the nap. With a path of its own it could not commit.
 create procedure nightowls._nap_without_snapshot(key text, seen bigint, nth int, max_ms int)
   language plpgsql

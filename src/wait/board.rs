@@ -5,6 +5,8 @@ use std::ptr::slice_from_raw_parts;
 use std::sync::atomic::Ordering::SeqCst;
 use std::sync::atomic::{AtomicU64, AtomicUsize};
 
+use super::CLASS;
+
 /// Two keys that share a count make a wait return early now and then, no more.
 const COUNTS: usize = 1_024;
 
@@ -61,7 +63,19 @@ impl Board {
     /// the latch of each.
     pub fn wake(&self, key: u64, limit: u32, rouse: impl FnMut(usize)) {
         self.counts[key as usize % COUNTS].fetch_add(1, SeqCst);
-        self.rouse(Some(key), limit, rouse);
+        self.rouse(|sleeps_for| sleeps_for == key, limit, rouse);
+    }
+
+    /// Wakes the readers of a class of holds, or of all: see [`super::readers`].
+    pub fn wake_readers(&self, readers: u64, rouse: impl FnMut(usize)) {
+        if readers & CLASS < 256 {
+            return self.wake(readers, u32::MAX, rouse);
+        }
+        let block = readers & !CLASS;
+        for key in block..block + 256 {
+            self.counts[key as usize % COUNTS].fetch_add(1, SeqCst);
+        }
+        self.rouse(|sleeps_for| sleeps_for & !CLASS == block, u32::MAX, rouse);
     }
 
     /// Wakes everybody, whatever they sleep for.
@@ -69,10 +83,10 @@ impl Board {
         for count in &self.counts {
             count.fetch_add(1, SeqCst);
         }
-        self.rouse(None, u32::MAX, rouse);
+        self.rouse(|_| true, u32::MAX, rouse);
     }
 
-    fn rouse(&self, key: Option<u64>, limit: u32, mut rouse: impl FnMut(usize)) {
+    fn rouse(&self, is_meant: impl Fn(u64) -> bool, limit: u32, mut rouse: impl FnMut(usize)) {
         if self.asleep.load(SeqCst) == 0 {
             return;
         }
@@ -83,7 +97,7 @@ impl Board {
             }
             let sleeps_for = bed.key.load(SeqCst);
             if sleeps_for != 0
-                && key.is_none_or(|key| key == sleeps_for)
+                && is_meant(sleeps_for)
                 // Whoever writes the 0 has woken it: two wakers never take one
                 // sleeper for two.
                 && bed
@@ -180,6 +194,25 @@ mod tests {
         assert_eq!(woken(|rouse| board.wake_all(rouse)), [1, 2]);
         assert_ne!(before, (board.count(11), board.count(33)));
         assert!(before.0 < board.count(11) && before.1 < board.count(33));
+    }
+
+    #[test]
+    fn readers_are_woken_by_their_class_and_by_all() {
+        let board = board(3);
+        let (all, other) = (super::super::readers(1, 256), super::super::readers(2, 17));
+        let (mine, next) = (super::super::readers(1, 17), super::super::readers(1, 18));
+        let counts = [mine, next].map(|key| board.count(key));
+        board.lie_down(0, mine, 0);
+        board.lie_down(1, next, 1);
+        board.lie_down(2, other, 2);
+        assert_eq!(woken(|rouse| board.wake_readers(mine, rouse)), [0]);
+        assert_ne!(board.count(mine), counts[0]);
+        assert_eq!(board.count(next), counts[1]);
+        board.rise(0);
+        board.lie_down(0, mine, 0);
+        assert_eq!(woken(|rouse| board.wake_readers(all, rouse)), [0, 1]);
+        assert_ne!(board.count(next), counts[1]);
+        assert!(!board.is_woken(2));
     }
 
     #[test]

@@ -12,12 +12,14 @@ use pgrx::varlena_to_byte_slice;
 use super::board::Board;
 use super::pending::{Pending, Wake};
 use super::shared::{board, known_board, my_number};
-use super::{LONGEST_NAP, hash, pause};
+use super::{LONGEST_NAP, pause, readers};
 use crate::error::internal;
 
 thread_local! {
-    /// Whom the current transaction will wake.
+    /// Whom the current transaction will wake when it has committed.
     static PENDING: Pending = const { Pending::new() };
+    /// Which readers of the log it holds up: they are woken however it ends.
+    static HELD_UP: Pending = const { Pending::new() };
     /// Whether Postgres knows what to call when a transaction ends.
     static TELLS_AT_COMMIT: Cell<bool> = const { Cell::new(false) };
     /// Whether Postgres knows what to call when this backend ends.
@@ -55,13 +57,35 @@ fn wake(fcinfo: pg_sys::FunctionCallInfo) -> bool {
     unsafe {
         let limit = pg_getarg_datum(fcinfo, 1).map_or(i32::MAX, |limit| limit.value() as i32);
         if let (Some(_), Some(key)) = (board(), key(fcinfo)) {
-            remember(key, limit.max(0).unsigned_abs());
+            tell_at_end();
+            PENDING.with(|pending| pending.remember(key, limit.max(0).unsigned_abs()));
         }
     }
     true
 }
 
-fn remember(key: u64, limit: u32) {
+/// Remembers to wake the readers of a class of holds when this transaction has
+/// ended, or a subtransaction was rolled back: that lets go of holds too.
+///
+/// # Errors
+///
+/// As [`wake`].
+#[pg_extern(sql = false)]
+fn wake_readers(fcinfo: pg_sys::FunctionCallInfo) -> bool {
+    // SAFETY: declared as _wake_readers(integer).
+    unsafe {
+        if let (Some(_), Some(class)) = (board(), pg_getarg_datum(fcinfo, 0)) {
+            tell_at_end();
+            let class = (class.value() as i32).max(0).unsigned_abs();
+            let readers = readers(pg_sys::MyDatabaseId.to_u32(), class.into());
+            HELD_UP.with(|pending| pending.remember(readers, u32::MAX));
+        }
+    }
+    true
+}
+
+/// Says once in a backend that [`tell`] is to be called.
+fn tell_at_end() {
     // SAFETY: Postgres keeps the callback, and calls it in this thread.
     unsafe {
         // A worker's transaction ends before the one that it works for.
@@ -70,7 +94,6 @@ fn remember(key: u64, limit: u32) {
             pg_sys::RegisterResourceReleaseCallback(Some(tell), std::ptr::null_mut());
         }
     }
-    PENDING.with(|pending| pending.remember(key, limit));
 }
 
 /// Wakes whom the transaction was to wake, once what it wrote can be seen and its
@@ -82,18 +105,29 @@ unsafe extern "C-unwind" fn tell(
     is_top_level: bool,
     _: *mut c_void,
 ) {
-    if phase != pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS || !is_top_level {
+    if phase != pg_sys::ResourceReleasePhase::RESOURCE_RELEASE_AFTER_LOCKS {
         return;
     }
+    let Some(board) = known_board() else { return };
+    let hold = |wake| match wake {
+        Wake::Key(readers, _) => board.wake_readers(readers, rouse),
+        Wake::All => board.wake_all(rouse),
+    };
+    if !is_top_level {
+        if !is_commit {
+            HELD_UP.with(|pending| pending.repeat(hold));
+        }
+        return;
+    }
+    HELD_UP.with(|pending| pending.deliver(hold));
     PENDING.with(|pending| {
         if !is_commit {
             pending.forget();
-        } else if let Some(board) = known_board() {
-            pending.deliver(|wake| match wake {
-                Wake::Key(key, limit) => board.wake(key, limit, rouse),
-                Wake::All => board.wake_all(rouse),
-            });
         }
+        pending.deliver(|wake| match wake {
+            Wake::Key(key, limit) => board.wake(key, limit, rouse),
+            Wake::All => board.wake_all(rouse),
+        });
     });
 }
 
@@ -299,6 +333,6 @@ unsafe fn key(fcinfo: pg_sys::FunctionCallInfo) -> Option<u64> {
     unsafe {
         let key = pg_getarg_datum(fcinfo, 0)?;
         let key = varlena_to_byte_slice(pg_sys::pg_detoast_datum_packed(key.cast_mut_ptr()));
-        Some(hash(pg_sys::MyDatabaseId.to_u32(), key))
+        Some(super::key(pg_sys::MyDatabaseId.to_u32(), key))
     }
 }

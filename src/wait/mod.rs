@@ -25,7 +25,7 @@ use std::time::Duration;
 pub const LONGEST_NAP: Duration = Duration::from_secs(10);
 
 /// What a key is known by; never 0.
-pub fn hash(database: u32, key: &[u8]) -> u64 {
+fn hash(database: u32, key: &[u8]) -> u64 {
     // FNV-1a, then a mixer, so that its low bits depend on every byte.
     let mut hash = 0xcbf2_9ce4_8422_2325;
     for byte in database.to_le_bytes().iter().chain(key) {
@@ -35,6 +35,25 @@ pub fn hash(database: u32, key: &[u8]) -> u64 {
     hash = (hash ^ (hash >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
     (hash ^ (hash >> 31)).max(1)
 }
+
+/// The bits of a readers' key that say which: 0 to 255 for a class of holds, 256
+/// for all of them.
+const CLASS: u64 = 0x1ff;
+
+/// What the readers of a class of holds sleep for, or (256) those of every class.
+pub fn readers(database: u32, class: u64) -> u64 {
+    (hash(database, READERS) | 1 << 63) & !CLASS | class.min(256)
+}
+
+/// What a text is known by: `events/` and a class of holds for [`readers`], else
+/// its hash.
+pub fn key(database: u32, text: &[u8]) -> u64 {
+    text.strip_prefix(READERS)
+        .and_then(|class| std::str::from_utf8(class).ok()?.parse().ok())
+        .map_or_else(|| hash(database, text), |class| readers(database, class))
+}
+
+const READERS: &[u8] = b"events/";
 
 /// How long to sleep where nothing can wake a sleeper: short at first, for a
 /// quick answer, and longer the longer it takes.
@@ -63,6 +82,15 @@ mod tests {
         }
         // Of 1,000 thrown into 1,024, some 640 are met.
         assert!(seen.len() > 590, "{}", seen.len());
+    }
+
+    #[test]
+    fn the_readers_of_every_class_are_of_one_block() {
+        assert_eq!(key(1, b"events/17"), readers(1, 17));
+        assert_eq!(readers(1, 17) & !CLASS, readers(1, 256) & !CLASS);
+        assert_ne!(readers(1, 17), readers(1, 18));
+        assert_ne!(readers(1, 256) & !CLASS, readers(2, 256) & !CLASS);
+        assert_eq!(key(1, b"events/x"), hash(1, b"events/x"));
     }
 
     #[test]

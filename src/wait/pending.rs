@@ -58,8 +58,14 @@ impl Pending {
     }
 
     /// Forgets all, telling each to `wake` first.
-    pub fn deliver(&self, mut wake: impl FnMut(Wake)) {
-        let used = self.used.replace(0);
+    pub fn deliver(&self, wake: impl FnMut(Wake)) {
+        self.repeat(wake);
+        self.forget();
+    }
+
+    /// Tells each to `wake` and keeps it.
+    pub fn repeat(&self, mut wake: impl FnMut(Wake)) {
+        let used = self.used.get();
         match self.keys.get(..used) {
             Some(keys) => {
                 for cell in keys {
