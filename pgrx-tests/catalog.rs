@@ -23,7 +23,8 @@ const ONLY_IN_THE_EXTENSION: &[&str] = &[
 const UNPINNED: &str = "'_fold_step', '_fold_row', '_hold_again', '_hold_line', '_project_one', '_before_insert', '_after_insert', '_nap_without_snapshot', 'acquire_floor'";
 
 /// They have the mark in their search_path that lets their inserts pass the triggers.
-const APPENDING: &str = "'_append_one', '_append_batch', '_append_list', '_import_rows', '_put_back'";
+const APPENDING: &str =
+    "'_append_one', '_append_batch', '_append_list', '_import_rows', '_put_back'";
 
 /// Asserts that the rule `sql` asks for has no exception: each row is one.
 #[track_caller]

@@ -29,6 +29,7 @@ mod queue_marks;
 mod read_models;
 mod readme;
 mod snapshots;
+mod streams;
 mod supabase;
 mod support;
 mod tenancy;

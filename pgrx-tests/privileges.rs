@@ -8,10 +8,14 @@ use crate::support::{
 
 /// What only the owner may call, among what is public.
 const OWNERS: &[&str] = &[
+    "create_enrichment",
+    "create_stream_join",
+    "create_table_join",
     "create_table_projection",
     "create_type_index",
     "create_view_projection",
     "disable_cdc",
+    "drop_stream",
     "enable_cdc",
     "grant_service",
     "import_events",
@@ -187,6 +191,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "routes select",
                 "settings delete insert select update",
                 "snapshots select",
+                "streams select",
             ]
         );
         let columns = lines(

@@ -63,52 +63,6 @@ comment on function nightowls.disable_cdc() is
 
 revoke all on function nightowls.disable_cdc() from public;
 
--- The table of a name as schema.table. kinds: what it may be.
-create function nightowls._resolve_relation(relation text, kinds text)
-  returns regclass
-  language plpgsql
-  stable
-  parallel safe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-declare
-  v_table regclass;
-begin
-  if _resolve_relation.relation is null then
-    raise exception 'a table must be named' using errcode = 'null_value_not_allowed';
-  end if;
-  begin
-    v_table := to_regclass(_resolve_relation.relation);
-  exception when syntax_error or invalid_name or feature_not_supported then
-    v_table := null;
-  end;
-  if v_table is null then
-    raise exception 'table "%" does not exist', left(_resolve_relation.relation, 128)
-      using errcode = 'undefined_table', hint = 'Give schema.table.';
-  elsif not exists (
-          select from pg_class c where c.oid = v_table and strpos(_resolve_relation.kinds, c.relkind::text) > 0) then
-    raise exception '"%" is not a relation of the right kind', v_table
-      using errcode = 'wrong_object_type', hint = 'Give an ordinary table.';
-  end if;
-  return v_table;
-end;
-$$;
-
-revoke all on function nightowls._resolve_relation(text, text) from public;
-
-create function nightowls._relation_name(relation regclass)
-  returns text
-  language sql
-  stable
-  parallel safe
-  return (
-    select pg_catalog.format('%I.%I', n.nspname, c.relname)
-      from pg_catalog.pg_class c join pg_catalog.pg_namespace n on n.oid = c.relnamespace
-     where c.oid = relation);
-
-revoke all on function nightowls._relation_name(regclass) from public;
-
 -- Changes of a user's table as events ---------------------------------------------------------------
 --
 -- Three triggers a registration, which fire one after the other for each row. The first evaluates the user's expressions
@@ -216,7 +170,8 @@ declare
   v_change       jsonb := nullif(current_setting('nightowls.change', true), '')::jsonb;
   v_registration nightowls.published_changes;
   v_org          uuid;
-  v_done         record;
+  v_done         nightowls.append_result;
+  v_handle       json;
 begin
   if v_change is null then
     return null;
@@ -239,9 +194,11 @@ begin
     jsonb_strip_nulls(jsonb_build_object('actor_id', nightowls._user_id(), 'source_table', v_registration.source_table,
                                          'operation', lower(tg_op))),
     null, null);
-  if v_done.handled then
+  if v_done is null then
+    -- A handler waits: for the next trigger, as nobody may be called from here but by the owner.
+    v_handle := current_setting('nightowls.handle');
     perform set_config('nightowls.change',
-                       jsonb_build_object('org', v_org, 'type', v_registration.aggregate_type, 'position', v_done."position")::text, true);
+                       jsonb_build_object('org', v_handle ->> 0, 'type', v_handle ->> 1, 'position', v_handle ->> 2)::text, true);
   end if;
   return null;
 end;

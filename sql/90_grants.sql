@@ -10,6 +10,7 @@ as $$
 #variable_conflict use_column
 declare
   v_function regprocedure;
+  v_view     text;
 begin
   if grant_service.role is null then
     raise exception 'role must not be null' using errcode = 'null_value_not_allowed';
@@ -23,11 +24,14 @@ begin
   execute format('grant select on nightowls.floors, nightowls.floor_tickets, nightowls.floor_status to %I', grant_service.role);
   execute format('grant select on nightowls.consumers, nightowls._consumer_offsets, nightowls._consumer_failures, nightowls.consumer_lag, '
                  'nightowls.parked_events to %I', grant_service.role);
-  execute format('grant select on nightowls.published_changes to %I', grant_service.role);
+  execute format('grant select on nightowls.published_changes, nightowls.streams to %I', grant_service.role);
   execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
                  'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
   execute format('grant select on nightowls.queues, nightowls.queue_messages, nightowls.queue_marks, nightowls.queue_due_marks, '
                  'nightowls.queue_dedup, nightowls.queue_archive to %I', grant_service.role);
+  for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
+    execute format('grant select on %s to %I', v_view, grant_service.role);
+  end loop;
   -- Neither position nor created_at: they are not the caller's to choose.
   execute format('grant insert (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id) '
                  'on nightowls.events to %I', grant_service.role);
@@ -56,7 +60,8 @@ create function nightowls._owner_functions()
   language sql
   immutable
   parallel safe
-  return array['enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
+  return array['create_stream_join', 'create_enrichment', 'create_table_join', 'drop_stream', '_make_stream',
+               'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
                'grant_service', '_owner_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 
