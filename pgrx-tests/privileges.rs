@@ -523,6 +523,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.drop_projection('more')",
     ),
     ("drop_queue", "select nightowls.drop_queue('more')"),
+    (
+        "erase",
+        "select nightowls.append_event('thing', 't', 'made'); select nightowls.erase('thing', 't', 'asked')",
+    ),
     ("event_id_for", "select nightowls.event_id_for('a', 'b')"),
     (
         "extend",
@@ -604,6 +608,7 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.restore_aggregate('order', 'a')",
     ),
     ("resume_queue", "select nightowls.resume_queue('jobs')"),
+    ("scan_for", "select nightowls.scan_for('nowhere')"),
     ("seek", "select nightowls.seek('c', 0)"),
     ("seek_time", "select nightowls.seek_time('c', now())"),
     ("send", "select nightowls.send('jobs', '1', priority => 3)"),
