@@ -527,9 +527,15 @@ fn a_stale_floor_goes_to_the_next_who_asks_and_two_who_race_make_one_grant() {
                     request(&mut session, &container, &format!("h{holder}"))
                 },
             );
-            let fences: Vec<_> = again.iter().filter_map(|answer| answer.fence).collect();
-            assert!(!fences.is_empty(), "{again:?}");
-            assert!(fences.iter().all(|fence| *fence == fences[0]), "{again:?}");
+            // All may have found the row locked by another's look; who asks once more gets it.
+            let last = request(&mut open(), &container, &format!("h{next}"));
+            assert!(last.granted, "{last:?}");
+            assert!(
+                again
+                    .iter()
+                    .all(|answer| answer.fence.is_none() || answer.fence == last.fence),
+                "{again:?}"
+            );
             assert!(
                 again
                     .iter()
@@ -589,6 +595,43 @@ fn the_fence_rises_with_every_grant_and_a_late_write_fails() {
         open().exec(&guarded("c", 9000000000000001));
         // Never granted at all.
         assert_eq!(open().refused(&guarded("other", last)).code, "NW003");
+    });
+}
+
+#[test]
+fn a_retry_of_a_guarded_append_that_arrived_gets_its_first_result_though_the_floor_is_lost() {
+    on_each_pool(|db, open| {
+        let fence = take(&mut open(), "c", "h");
+        let id = |number: u32| format!("00000000-0000-4000-8000-{number:012}");
+        let calls = [
+            format!(
+                "select nightowls.append_event('work', 'c', 'written', event_id => '{}', container => 'c', fence => {fence})",
+                id(1)
+            ),
+            format!(
+                r#"select nightowls.append_events('work', 'c', '[{{"event_type": "written", "event_id": "{}"}}]', container => 'c', fence => {fence})"#,
+                id(2)
+            ),
+        ];
+        let first: Vec<_> = calls.iter().map(|sql| text(&mut open(), sql)).collect();
+        assert!(release(&mut open(), "c", "h", fence));
+        take(&mut open(), "c", "other");
+        let again: Vec<_> = calls.iter().map(|sql| text(&mut open(), sql)).collect();
+        assert_eq!(again, first);
+        // One that did not arrive does not do so now, nor does a known id open the door to another body.
+        for (number, sql) in calls.iter().enumerate() {
+            let new = sql.replace(&id(1 + number as u32), &id(9));
+            assert_eq!(open().refused(&new).code, "NW003", "{new}");
+            let other = sql.replace("written", "rewritten");
+            assert_eq!(open().refused(&other).code, "NW002", "{other}");
+        }
+        assert_eq!(
+            text(
+                &mut db.direct(SUPERUSER),
+                "select count(*) from nightowls.events where aggregate_type = 'work'"
+            ),
+            "2"
+        );
     });
 }
 

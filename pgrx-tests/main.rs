@@ -13,6 +13,7 @@ mod dump;
 mod erasure;
 mod errors;
 mod fixture;
+mod floor_history;
 mod floors;
 mod fold;
 mod harness;

@@ -223,7 +223,8 @@ begin
       _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
       _append_one.expected_version, _append_one.metadata);
     if _append_one.container is not null or _append_one.fence is not null then
-      perform nightowls._assert_fence(_append_one.org, _append_one.container, _append_one.fence);
+      _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
+      perform nightowls._guard_append(_append_one.org, _append_one.container, _append_one.fence, array[_append_one.event_id]);
     end if;
   end if;
 
@@ -752,8 +753,10 @@ begin
     perform nightowls._refuse_names(append_events.aggregate_type, append_events.aggregate_id, 'any');
   elsif append_events.expected_version < -1 then
     raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
-  elsif append_events.container is not null or append_events.fence is not null then
-    perform nightowls._assert_fence(v_org, append_events.container, append_events.fence);
+  end if;
+  if append_events.container is not null or append_events.fence is not null then
+    v_batch := nightowls._parse_events(append_events.events, 'events');
+    perform nightowls._guard_append(v_org, append_events.container, append_events.fence, v_batch.event_ids);
   end if;
 
   if jsonb_typeof(append_events.events) = 'array' and append_events.events <> '[]'

@@ -286,6 +286,25 @@ $$;
 
 revoke all on function nightowls._assert_fence(uuid, text, bigint) from public;
 
+-- The fence of an append. A retry writes nothing, so it may come late: it is told its first result, or NW002.
+create function nightowls._guard_append(org uuid, container text, fence bigint, event_ids uuid[])
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _guard_append.container is null or _guard_append.fence is null
+     or not nightowls._is_any_known(_guard_append.org, array_remove(_guard_append.event_ids, null)) then
+    perform nightowls._assert_fence(_guard_append.org, _guard_append.container, _guard_append.fence);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._guard_append(uuid, text, bigint, uuid[]) from public;
+
 create function nightowls.assert_floor(container text, fence bigint, org uuid default null)
   returns void
   language plpgsql
