@@ -6,10 +6,11 @@ use std::collections::BTreeSet;
 use std::time::{Duration, Instant};
 
 use crate::fixture::{default_org, lines, org_apart_from, together};
+use crate::orm;
 use crate::projections::text;
 use crate::support::{
-    Db, Install, Refusal, SERVICE, SUPERUSER, Session, kill, on_each_install, own_cluster,
-    pooler_or_skip, quote, wait_until,
+    Db, Install, Refusal, SERVICE, SUPERUSER, Session, kill, on_each_install, on_each_route,
+    own_cluster, pooler_or_skip, quote, wait_until,
 };
 use crate::wait::{on_each_server, on_each_that_wakes};
 
@@ -1553,5 +1554,55 @@ fn a_sleeping_waiter_looks_again_when_a_holder_s_or_a_waiter_s_time_is_over() {
             &format!("await_floor('c', 'x', {ticket})"),
         );
         assert!(answer.granted, "{answer:?}");
+    });
+}
+
+/// The blocks of docs/floors.md: language and text.
+fn blocks() -> Vec<(&'static str, &'static str)> {
+    include_str!("../docs/floors.md")
+        .split("```")
+        .skip(1)
+        .step_by(2)
+        .filter_map(|block| block.split_once('\n'))
+        .collect()
+}
+
+#[test]
+fn the_worked_example_of_the_page_prints_what_the_page_says() {
+    let Some(node) = orm::node() else { return };
+    let folder = orm::project(node, "npm", &[]);
+    for (_, text) in blocks().iter().filter(|(language, _)| *language == "ts") {
+        let name = text
+            .lines()
+            .next()
+            .and_then(|line| line.strip_prefix("// "))
+            .expect("a block of TypeScript begins with the name of its file");
+        orm::write(folder.path(), name, text);
+    }
+    let (_, promised) = blocks()
+        .into_iter()
+        .rfind(|(language, _)| *language == "text")
+        .expect("the page says what the example prints");
+    let tsx = node.folder.join("node_modules/.bin/tsx");
+    on_each_route(|db| {
+        let url = orm::ready(db);
+        db.owner().exec(&format!(
+            "select nightowls.set_default_org('{}'); \
+             create table public.notes (container text, text text); \
+             grant select, insert on public.notes to {SERVICE}",
+            orm::ORG
+        ));
+        let said = orm::run(&tsx, &["floors/three.ts"], folder.path(), &url);
+        // Of the two who ask at the same moment either may be the first.
+        let swapped = promised
+            .replace("ann", "?")
+            .replace("bob", "ann")
+            .replace('?', "bob");
+        assert!(said == promised || said == swapped, "{said}");
+        assert_eq!(
+            lines(&mut db.owner(), "select text from public.notes order by 1"),
+            ["ann was here", "bob was here"]
+        );
+        assert_eq!(events(db, "c1").len(), 4);
     });
 }

@@ -17,7 +17,7 @@ use crate::support::{
 };
 
 const PAGE: &str = include_str!("../docs/orm.md");
-const ORG: &str = "00000000-0000-4000-8000-000000000001";
+pub const ORG: &str = "00000000-0000-4000-8000-000000000001";
 
 /// The blocks of docs/orm.md that begin with a file's name, by that name.
 fn snippets() -> BTreeMap<&'static str, &'static str> {
@@ -63,8 +63,8 @@ fn every_block_of_the_page_that_could_run_is_one_that_runs() {
 }
 
 /// A place with packages, where the snippets run.
-struct Tools {
-    folder: PathBuf,
+pub struct Tools {
+    pub folder: PathBuf,
 }
 
 type Found = Result<Tools, String>;
@@ -143,7 +143,7 @@ fn or_skip(name: &str, found: &'static Found) -> Option<&'static Tools> {
         .ok()
 }
 
-fn node() -> Option<&'static Tools> {
+pub fn node() -> Option<&'static Tools> {
     static NODE: OnceLock<Found> = OnceLock::new();
     or_skip(
         "drizzle",
@@ -249,7 +249,7 @@ fn sqlx() -> Option<&'static Tools> {
 }
 
 /// Writes a file unless it is there with the same text: cargo goes by times.
-fn write(folder: &Path, name: &str, text: &str) {
+pub fn write(folder: &Path, name: &str, text: &str) {
     let path = folder.join(name);
     if fs::read_to_string(&path).is_ok_and(|old| old == text) {
         return;
@@ -282,7 +282,7 @@ fn copy(from: &Path, to: &Path) {
 }
 
 /// A folder with the page's snippets and what `orm/<name>` adds to them.
-fn project(tools: &Tools, name: &str, prefixes: &[&str]) -> Folder {
+pub fn project(tools: &Tools, name: &str, prefixes: &[&str]) -> Folder {
     let folder = Folder::new();
     copy(
         &Path::new(env!("CARGO_MANIFEST_DIR"))
@@ -302,7 +302,7 @@ fn project(tools: &Tools, name: &str, prefixes: &[&str]) -> Folder {
 
 /// What a program of `folder` prints with `url` in its environment.
 #[track_caller]
-fn run(program: &Path, arguments: &[&str], folder: &Path, url: &str) -> String {
+pub fn run(program: &Path, arguments: &[&str], folder: &Path, url: &str) -> String {
     let owl = Path::new(env!("CARGO_BIN_EXE_owl"))
         .parent()
         .expect("a program is in a folder");
@@ -335,7 +335,7 @@ fn run(program: &Path, arguments: &[&str], folder: &Path, url: &str) -> String {
 
 /// Makes the tours' org and returns the URL of their role: pooled, with fewer
 /// server connections than clients, so that they must share.
-fn ready(db: &Db) -> String {
+pub fn ready(db: &Db) -> String {
     db.owner().exec(&format!(
         "select nightowls.create_org('shop', org => '{ORG}')"
     ));
