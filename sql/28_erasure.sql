@@ -38,7 +38,8 @@ begin atomic
          ('queue_archive', null, 'what somebody sent: it belongs to no aggregate'),
          ('floors', null, 'who holds what, while it is held'),
          ('floor_tickets', null, 'who waits for what, while they wait'),
-         ('published_changes', null, 'definitions');
+         ('published_changes', null, 'definitions'),
+         ('streams', null, 'definitions');
 end;
 
 revoke all on function nightowls._subject_tables() from public;
