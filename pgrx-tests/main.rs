@@ -4,6 +4,7 @@
 mod api;
 mod append;
 mod append_only;
+mod async_projections;
 mod bad_input;
 mod catalog;
 mod cdc;

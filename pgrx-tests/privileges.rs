@@ -608,6 +608,7 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.restore_aggregate('order', 'a')",
     ),
     ("resume_queue", "select nightowls.resume_queue('jobs')"),
+    ("run_projections", "select nightowls.run_projections()"),
     ("scan_for", "select nightowls.scan_for('nowhere')"),
     ("seek", "select nightowls.seek('c', 0)"),
     ("seek_time", "select nightowls.seek_time('c', now())"),

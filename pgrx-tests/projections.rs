@@ -569,7 +569,6 @@ fn what_cannot_be_a_projection_is_refused_and_nothing_is_made() {
                 "42883",
             ),
             ("'p', 'order', handler => 'nowhere.f'", "42883"),
-            ("'p', 'order', '{}', mode => 'async'", "0A000"),
             ("'p', 'order', '{}', mode => 'weekly'", "22023"),
             ("'p', 'order', '{}', mode => null", "22023"),
             ("'p', 'order', '[]'", "22023"),

@@ -248,7 +248,7 @@ revoke all on function nightowls._share_states(nightowls.consumers) from public;
 
 -- Begins a new generation of shares at an offset, and forgets the one before. Its caller has all shares locked, or knows that
 -- they are drained. Runs in functions of the owner's.
-create function nightowls._begin_generation(org uuid, consumer text, members int, start bigint)
+create function nightowls._begin_shares(org uuid, consumer text, members int, start bigint)
   returns void
   language plpgsql
   volatile
@@ -258,27 +258,27 @@ as $$
 #variable_conflict use_column
 declare
   v_old        bigint := (select c.generation from nightowls.consumers c
-                           where c.org_id = _begin_generation.org and c.name = _begin_generation.consumer);
+                           where c.org_id = _begin_shares.org and c.name = _begin_shares.consumer);
   v_generation bigint := nextval('nightowls.consumer_generations');
 begin
   insert into nightowls._consumer_offsets (org_id, consumer, generation, share, seq, "offset", fence)
-  select _begin_generation.org, _begin_generation.consumer, v_generation, n.share, 1, _begin_generation.start,
+  select _begin_shares.org, _begin_shares.consumer, v_generation, n.share, 1, _begin_shares.start,
          -- Above every fence of the generation before, and this share's.
          coalesce((select max(o.fence) / 32 * 32 + 32
                      from nightowls._consumer_offsets o
-                    where o.org_id = _begin_generation.org and o.consumer = _begin_generation.consumer
+                    where o.org_id = _begin_shares.org and o.consumer = _begin_shares.consumer
                       and o.generation = v_old), 0) + n.share
-    from generate_series(0, _begin_generation.members - 1) as n (share);
+    from generate_series(0, _begin_shares.members - 1) as n (share);
   update nightowls.consumers c
-     set generation = v_generation, members = _begin_generation.members, drain_to = null, next_members = null
-   where c.org_id = _begin_generation.org and c.name = _begin_generation.consumer;
+     set generation = v_generation, members = _begin_shares.members, drain_to = null, next_members = null
+   where c.org_id = _begin_shares.org and c.name = _begin_shares.consumer;
   delete from nightowls._consumer_offsets o
-   where o.org_id = _begin_generation.org and o.consumer = _begin_generation.consumer and o.generation = v_old;
-  perform nightowls._wake('events/' || nightowls._org_class(_begin_generation.org));
+   where o.org_id = _begin_shares.org and o.consumer = _begin_shares.consumer and o.generation = v_old;
+  perform nightowls._wake('events/' || nightowls._org_class(_begin_shares.org));
 end;
 $$;
 
-revoke all on function nightowls._begin_generation(uuid, text, int, bigint) from public;
+revoke all on function nightowls._begin_shares(uuid, text, int, bigint) from public;
 
 -- Writes a consumer down, unless it is there with the same definition (false). Definer: the tables are closed.
 create function nightowls._register_consumer(
@@ -321,7 +321,7 @@ begin
     end if;
     return false;
   end if;
-  perform nightowls._begin_generation(_register_consumer.org, _register_consumer.name, _register_consumer.members,
+  perform nightowls._begin_shares(_register_consumer.org, _register_consumer.name, _register_consumer.members,
                                       _register_consumer.start);
   return true;
 end;
@@ -453,7 +453,7 @@ begin
     into v_done_to, v_drain_to
     from nightowls._share_states(v_consumer) s;
   if v_done_to = v_drain_to then
-    perform nightowls._begin_generation(_alter_consumer.org, _alter_consumer.name, _alter_consumer.members, v_done_to);
+    perform nightowls._begin_shares(_alter_consumer.org, _alter_consumer.name, _alter_consumer.members, v_done_to);
   else
     update nightowls.consumers c
        set drain_to = v_drain_to, next_members = _alter_consumer.members
@@ -762,7 +762,7 @@ begin
         where c.org_id = _fetch.org and c.name = v_consumer.name and c.generation = v_consumer.generation
           for update skip locked;
       if found then
-        perform nightowls._begin_generation(_fetch.org, v_consumer.name, v_consumer.next_members, v_consumer.drain_to);
+        perform nightowls._begin_shares(_fetch.org, v_consumer.name, v_consumer.next_members, v_consumer.drain_to);
         continue;
       end if;
     end if;
@@ -1363,7 +1363,7 @@ begin
   end if;
   delete from nightowls._consumer_failures f
    where f.org_id = _seek.org and f.consumer = v_consumer.name and f."position" > _seek.after;
-  perform nightowls._begin_generation(_seek.org, v_consumer.name, coalesce(v_consumer.next_members, v_consumer.members), _seek.after);
+  perform nightowls._begin_shares(_seek.org, v_consumer.name, coalesce(v_consumer.next_members, v_consumer.members), _seek.after);
 end;
 $$;
 

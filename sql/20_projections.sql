@@ -65,7 +65,7 @@ comment on column nightowls.projections.handler is 'The function, by its qualifi
 comment on column nightowls.projections.target is 'The user''s table (kind table) or the materialized view (kind view), by its qualified name.';
 comment on column nightowls.projections.query is 'The query of a view.';
 comment on column nightowls.projections.refresh_every is 'How often the clock refreshes a view.';
-comment on column nightowls.projections.mode is 'inline: kept in the transaction that appends.';
+comment on column nightowls.projections.mode is 'inline: kept in the transaction that appends; async: by run_projections.';
 comment on column nightowls.projections.generation is 'Which generation of states is the live one; a rebuild makes the next.';
 comment on column nightowls.projections.lagging_from is
   'After a build beside open appends: stored states of aggregates with events above this position may be behind '

@@ -99,15 +99,16 @@ begin
          (_register_projection.definition).kind, (_register_projection.definition).aggregate_type,
          (_register_projection.definition).reducer, (_register_projection.definition).handler,
          (_register_projection.definition).target, (_register_projection.definition).query,
-         (_register_projection.definition).refresh_every, 'inline', (_register_projection.definition).lagging_from
+         (_register_projection.definition).refresh_every, coalesce((_register_projection.definition).mode, 'inline'), (_register_projection.definition).lagging_from
   on conflict do nothing;
   if not found then
     select p.* into v_found
       from nightowls.projections p
      where p.org_id = (_register_projection.definition).org_id and p.name = (_register_projection.definition).name;
-    if (v_found.kind, v_found.aggregate_type, v_found.reducer, v_found.handler, v_found.target, v_found.query)
+    if (v_found.kind, v_found.mode, v_found.aggregate_type, v_found.reducer, v_found.handler, v_found.target, v_found.query)
          is distinct from
-       ((_register_projection.definition).kind, (_register_projection.definition).aggregate_type,
+       ((_register_projection.definition).kind, coalesce((_register_projection.definition).mode, 'inline'),
+        (_register_projection.definition).aggregate_type,
         (_register_projection.definition).reducer, (_register_projection.definition).handler,
         (_register_projection.definition).target, (_register_projection.definition).query) then
       raise exception 'projection "%" exists already with another definition', v_found.name
@@ -117,7 +118,7 @@ begin
     return false;
   end if;
 
-  if (_register_projection.definition).kind <> 'view' then
+  if (_register_projection.definition).kind <> 'view' and coalesce((_register_projection.definition).mode, 'inline') = 'inline' then
     perform nightowls._lock_history((_register_projection.definition).org_id, (_register_projection.definition).aggregate_type, false);
     perform nightowls._refuse_without_history((_register_projection.definition).org_id,
                                               (_register_projection.definition).aggregate_type,
@@ -371,17 +372,14 @@ begin
   if (create_projection.reducer is null) = (create_projection.handler is null) then
     raise exception 'a projection needs a reducer or a handler, not both'
       using errcode = 'invalid_parameter_value';
-  elsif create_projection.mode is distinct from 'inline' then
-    if create_projection.mode = 'async' then
-      raise exception 'projections of mode async are not supported yet'
-        using errcode = 'feature_not_supported', hint = 'Use mode inline.';
-    end if;
+  elsif (create_projection.mode in ('inline', 'async')) is not true then
     raise exception 'mode must be inline or async' using errcode = 'invalid_parameter_value';
   end if;
 
   v_definition.org_id := v_org;
   v_definition.name := create_projection.name;
   v_definition.aggregate_type := create_projection.aggregate_type;
+  v_definition.mode := create_projection.mode;
   if create_projection.reducer is not null then
     perform nightowls.check_reducer(create_projection.reducer);
     v_definition.kind := 'reducer';
@@ -402,11 +400,12 @@ end;
 $$;
 
 comment on function nightowls.create_projection(text, text, jsonb, text, text, uuid) is
-  'Makes a projection: a state for each aggregate of aggregate_type, kept in the transaction that appends. name: unique in the org. '
+  'Makes a projection: a state for each aggregate of aggregate_type, by default kept in the transaction that appends. name: unique in the org. '
   'Give one of reducer (JSON, see docs/projections.md) and handler (schema.name of a function (state jsonb, event nightowls.events) '
-  'returns jsonb, run as the one who appends); mode: inline; org: the tenant. What is in the log is folded in before this returns; '
+  'returns jsonb, run as the one who appends); mode: inline, or async: kept by run_projections() instead, so that appends do nothing for it, and '
+  'state() is exact all the same; org: the tenant. What is in the log is folded in before this returns; '
   'nobody waits for that. The same definition again changes nothing. Raises 22023 for a reducer that is not valid, with the '
-  'path at fault, 42710 if the projection exists with another definition, 42883 if the handler does not exist, 0A000 for mode async, '
+  'path at fault, 42710 if the projection exists with another definition, 42883 if the handler does not exist, '
   '25001 above read committed, 22004 for a null name, NW010 if there is no org.';
 
 revoke all on function nightowls.create_projection(text, text, jsonb, text, text, uuid) from public;
@@ -424,6 +423,10 @@ declare
   v_build      bigint := nightowls._begin_build(_rebuild_states.org, _rebuild_states.name);
   v_projection nightowls.projections := nightowls._projection(_rebuild_states.name, _rebuild_states.org);
 begin
+  if v_projection.mode = 'async' then
+    -- What it folds meanwhile would go into the old generation.
+    perform nightowls._lock_share(_rebuild_states.org, 'projection:' || _rebuild_states.name, 0, true);
+  end if;
   if _rebuild_states.anew then
     perform nightowls._refuse_without_history(_rebuild_states.org, v_projection.aggregate_type, _rebuild_states.name);
   end if;
@@ -434,6 +437,9 @@ begin
     perform nightowls._begin_generation(v_projection, v_build, not _rebuild_states.anew);
     perform nightowls._build_by_handler(v_projection, v_build);
     perform nightowls._go_live(_rebuild_states.org, _rebuild_states.name, v_build, _rebuild_states.mark);
+  end if;
+  if v_projection.mode = 'async' then
+    perform nightowls._restart_async(_rebuild_states.org, _rebuild_states.name, _rebuild_states.mark);
   end if;
 end;
 $$;
@@ -729,6 +735,9 @@ begin
   if v_projection.kind = 'view' then
     perform nightowls._refresh_view(v_org, v_projection.name);
     return;
+  elsif v_projection.mode = 'async' then
+    perform nightowls._refresh_async(v_projection);
+    return;
   elsif v_projection.lagging_from is null or v_projection.kind = 'table' then
     return; -- Kept by each append and not behind.
   end if;
@@ -751,7 +760,7 @@ $$;
 
 comment on function nightowls.refresh_projection(text, uuid) is
   'Brings a projection up to date: a view is refreshed (concurrently: readers do not wait); stored states that a build beside open '
-  'appends left behind are folded on. name: the projection; org: the tenant. Waits for another refresh of the same projection. '
+  'appends left behind are folded on; an async projection is taken to the end of the log. name: the projection; org: the tenant. Waits for another refresh of the same projection. '
   'Raises NW007 if the projection does not exist, 25001 above read committed, NW010 if there is no org.';
 
 revoke all on function nightowls.refresh_projection(text, uuid) from public;

@@ -76,6 +76,7 @@ sql_files! {
     Both "states" "../sql/22_states.sql",
     Both "read_models" "../sql/24_read_models.sql",
     Both "snapshots" "../sql/25_snapshots.sql",
+    Both "async" "../sql/26_async.sql",
     Both "compaction" "../sql/27_compaction.sql",
     Both "erasure" "../sql/28_erasure.sql",
     Both "queue" "../sql/30_queue.sql",
