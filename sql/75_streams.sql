@@ -374,7 +374,7 @@ create function nightowls._window_of(within text, at text)
 revoke all on function nightowls._window_of(text, text) from public;
 
 -- An index on the log, as its name and what it is on, of some columns and those events only that a side has.
-create function nightowls._stream_index(condition text, variadic columns text[])
+create function nightowls._stream_index(condition text, columns text[])
   returns text[]
   language sql
   immutable
@@ -603,14 +603,14 @@ begin
   -- By key and time for the partners; by time alone for the reader's range, and for a reader behind row level security, from whom
   -- Postgres keeps indexes on expressions (their functions are not leakproof).
   v_indexes := array[
-    nightowls._stream_index(v_r_where, nightowls._hash_of(nightowls._event_key(v_r_paths, 'events')), v_r_time),
-    nightowls._stream_index(v_r_where, v_r_time),
-    nightowls._stream_index(v_l_where, v_l_time)];
+    nightowls._stream_index(v_r_where, array[nightowls._hash_of(nightowls._event_key(v_r_paths, 'events')), v_r_time]),
+    nightowls._stream_index(v_r_where, array[v_r_time]),
+    nightowls._stream_index(v_l_where, array[v_l_time])];
   if create_stream_join.kind = 'tumbling' then
-    v_indexes := v_indexes || array[nightowls._stream_index(v_l_where, nightowls._window_of(v_within, v_l_time))];
+    v_indexes := v_indexes || array[nightowls._stream_index(v_l_where, array[nightowls._window_of(v_within, v_l_time)])];
   elsif create_stream_join.kind = 'session' then
     v_indexes := v_indexes || array[
-      nightowls._stream_index(v_l_where, nightowls._hash_of(nightowls._event_key(v_l_paths, 'events')), v_l_time)];
+      nightowls._stream_index(v_l_where, array[nightowls._hash_of(nightowls._event_key(v_l_paths, 'events')), v_l_time])];
   end if;
 
   perform nightowls._make_stream(
@@ -856,8 +856,8 @@ begin
            'where l.org_id = (select nightowls.current_org()) and %s',
            nightowls._window_of(v_within, v_at), nightowls._event_columns('l', ''), v_at, v_shown, v_reference,
            nightowls._event_condition(create_enrichment.filter, 'l')),
-    array[nightowls._stream_index(v_where, v_time),
-          nightowls._stream_index(v_where, nightowls._window_of(v_within, v_time))]);
+    array[nightowls._stream_index(v_where, array[v_time]),
+          nightowls._stream_index(v_where, array[nightowls._window_of(v_within, v_time)])]);
 end;
 $$;
 
