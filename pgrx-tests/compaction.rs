@@ -1,13 +1,19 @@
 //! Compaction: what is moved is as it was, and everybody else sees no difference.
 
+use std::cell::{Cell, RefCell};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
 
-use crate::fixture::{default_org, is_blocked, lines, new_org};
+use proptest::prelude::*;
+use proptest::test_runner::{Config, TestCaseError, TestRunner};
+
+use crate::fixture::{Random, default_org, is_blocked, lines, new_org};
 use crate::projections::text;
 use crate::snapshots::{CHAIN, append, chain, long_history, replay, write_history};
 use crate::support::{
-    Db, SERVICE, SUPERUSER, Session, on_each_install, on_each_route, quote, wait_until,
+    Db, Install, Refusal, SERVICE, SUPERUSER, Session, on_each_install, on_each_route, own_cluster,
+    quote, skip, wait_until,
 };
 
 /// Every event that was not deleted, as it was, wherever it is now.
@@ -1248,5 +1254,397 @@ fn arguments_that_will_not_do_are_refused() {
             "0 0 f null"
         );
         assert_eq!(extent(&mut service, "a"), "1..5 5");
+    });
+}
+
+/// What the property below does to an aggregate.
+#[derive(Clone, Debug)]
+enum Step {
+    Append(u32),
+    Insert,
+    Close,
+    Snapshot,
+    Policy(u32),
+    Compact { keep: u32, ms: u32 },
+    Restore { ms: u32 },
+    Rebuild,
+    Sweep,
+}
+
+fn steps() -> impl Strategy<Value = Vec<Step>> {
+    // A slice is at least 500 events, so 1 ms is a partial run and 1,000 a whole one.
+    let ms = || prop::sample::select(vec![1_u32, 1000]);
+    prop::collection::vec(
+        prop_oneof![
+            6 => (1..500_u32).prop_map(Step::Append),
+            1 => Just(Step::Insert),
+            1 => Just(Step::Close),
+            3 => Just(Step::Snapshot),
+            1 => (1..300_u32).prop_map(Step::Policy),
+            6 => (1..60_u32, ms()).prop_map(|(keep, ms)| Step::Compact { keep, ms }),
+            2 => ms().prop_map(|ms| Step::Restore { ms }),
+            1 => Just(Step::Rebuild),
+            1 => Just(Step::Sweep),
+        ],
+        5..14,
+    )
+}
+
+/// Each event is in it once and in order, or it is another state.
+const HANDLER: &str = "create function public.counted(state jsonb, event nightowls.events) returns jsonb language sql
+       return jsonb_build_object('n', coalesce((state ->> 'n')::bigint, 0) + coalesce((event).payload ->> 'by', '0')::bigint,
+                                 'c', coalesce((state ->> 'c')::bigint, 0) + (event).version,
+                                 'last', (event).version);
+     select nightowls.create_projection('handled', 'order', handler => 'public.counted');
+     select nightowls.set_snapshot_policy('handled', 70)";
+
+fn handled(session: &mut Session, id: &str, to_version: i64) -> String {
+    text(
+        session,
+        &format!(
+            "select jsonb_build_object('n', sum(coalesce((e.payload ->> 'by')::bigint, 0)), 'c', sum(e.version), 'last', max(e.version))
+               from nightowls.all_events e
+              where e.org_id = nightowls.current_org() and e.aggregate_type = 'order' and e.aggregate_id = {} and e.version <= {to_version}",
+            quote(id)
+        ),
+    )
+}
+
+fn step(session: &mut Session, id: &str, step: &Step) -> Result<(), Refusal> {
+    match step {
+        Step::Append(count) => append(session, id, *count as usize),
+        Step::Insert => session.exec(&format!(
+            "insert into nightowls.events (aggregate_type, aggregate_id, event_type, payload) values ('order', '{id}', 'counted', '{{\"by\": 9}}')"
+        )),
+        Step::Close => session.exec(&format!("select nightowls.append_event('order', '{id}', 'closed')")),
+        Step::Snapshot => session.exec(&format!(
+            "select nightowls.create_snapshot('chain', '{id}'), nightowls.create_snapshot('handled', '{id}')"
+        )),
+        Step::Policy(every) => session.exec(&format!("select nightowls.set_snapshot_policy('chain', {every})")),
+        Step::Compact { keep, ms } => match session.try_exec(&format!(
+            "select nightowls.compact_aggregate('order', '{id}', {keep}, max_ms => {ms})"
+        )) {
+            // Nothing may go yet.
+            Err(refusal) if refusal.code == "NW006" => (),
+            other => other?,
+        },
+        Step::Restore { ms } => session.exec(&format!("select nightowls.restore_aggregate('order', '{id}', {ms})")),
+        Step::Rebuild => session.exec("select nightowls.rebuild_projection('chain'), nightowls.rebuild_projection('handled')"),
+        Step::Sweep => session.exec("select nightowls.create_snapshots(), nightowls.compact(max_ms => 50)"),
+    }
+    Ok(())
+}
+
+#[test]
+fn every_state_is_that_of_a_full_replay_whatever_was_done_to_the_history() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        chain(&mut owner, "100");
+        owner.exec(HANDLER);
+        owner.exec("select nightowls.set_compaction('order', keep => 20, min_events => 100)");
+        let session = RefCell::new(db.service());
+        let number = Cell::new(0);
+        let mut runner = TestRunner::new(Config {
+            cases: 14,
+            failure_persistence: None,
+            max_shrink_iters: 60,
+            ..Config::default()
+        });
+        let run = runner.run(&steps(), |steps| {
+            number.set(number.get() + 1);
+            let id = format!("o{}", number.get());
+            let mut session = session.borrow_mut();
+            append(&mut session, &id, 1);
+            for done in &steps {
+                step(&mut session, &id, done).map_err(|refusal| TestCaseError::fail(refusal.to_string()))?;
+                let head: i64 = text(&mut session, &format!("select version from nightowls.last_event('order', '{id}')"))
+                    .parse()
+                    .expect("a number");
+                for version in [1, head / 2, head - 1, head] {
+                    let chained = text(&mut session, &format!("select nightowls.state_at('chain', '{id}', {version})"));
+                    prop_assert_eq!(chained, if version == 0 { "null".to_owned() } else { replay(&mut session, &id, version) }, "{:?}, version {}", done, version);
+                    if version > 0 {
+                        let counted = text(&mut session, &format!("select nightowls.state_at('handled', '{id}', {version})"));
+                        prop_assert_eq!(counted, handled(&mut session, &id, version), "{:?}, version {}", done, version);
+                    }
+                }
+                prop_assert_eq!(
+                    text(&mut session, &format!("select nightowls.state('chain', '{id}')")),
+                    replay(&mut session, &id, head)
+                );
+                let whole = text(
+                    &mut session,
+                    &format!(
+                        "select count(*) = {head} and bool_and(version = no) from (
+                           select e.version, row_number() over (order by e.position) as no from nightowls.all_events e where e.aggregate_id = '{id}') e"
+                    ),
+                );
+                prop_assert_eq!(whole, "t", "{:?}", done);
+            }
+            Ok(())
+        });
+        if let Err(error) = run {
+            panic!("{error}");
+        }
+        let mut session = session.borrow_mut();
+        verified(&mut session, "chain");
+        verified(&mut session, "handled");
+    });
+}
+
+#[test]
+fn writers_readers_snapshots_compactions_restores_and_builds_at_once_lose_nothing() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        chain(&mut owner, "10");
+        owner.exec(HANDLER);
+        owner.exec("select nightowls.set_snapshot_policy('handled', 10); select nightowls.set_compaction('order', keep => 3, min_events => 5)");
+        let mut service = db.service();
+        for id in ["a", "b"] {
+            append(&mut service, id, 30);
+        }
+        let done = AtomicBool::new(false);
+        thread::scope(|scope| {
+            let writers: Vec<_> = (0..2)
+                .map(|writer| {
+                    scope.spawn(move || {
+                        let mut session = db.service();
+                        let mut random = Random::new(writer);
+                        for round in 0..60 {
+                            let id = if random.chance(50) { "a" } else { "b" };
+                            match random.below(4) {
+                                0 => append(&mut session, id, 7),
+                                1 => {
+                                    session.exec("begin");
+                                    append(&mut session, id, 3);
+                                    session.exec(if random.chance(50) { "commit" } else { "rollback" });
+                                }
+                                2 => session.exec(&format!("select nightowls.append_event('order', '{id}', 'counted', '{{\"by\": {round}}}')")),
+                                _ => {
+                                    // Two such inserts at once can meet: the second is told.
+                                    let inserted = session.try_exec(&format!(
+                                        "insert into nightowls.events (aggregate_type, aggregate_id, event_type, payload) values ('order', '{id}', 'counted', '{{\"by\": 2}}')"
+                                    ));
+                                    if let Err(refusal) = inserted {
+                                        assert_eq!(refusal.code, "23505", "{refusal}");
+                                    }
+                                }
+                            }
+                        }
+                    })
+                })
+                .collect();
+            let done = &done;
+            for (role, work) in [
+                (
+                    SERVICE,
+                    "select nightowls.compact_aggregate('order', 'a', 2, max_ms => 5)",
+                ),
+                (SERVICE, "select nightowls.compact(max_ms => 10)"),
+                (
+                    SERVICE,
+                    "select nightowls.restore_aggregate('order', 'a', 1); select nightowls.restore_aggregate('order', 'b', 1)",
+                ),
+                (
+                    SERVICE,
+                    "select nightowls.create_snapshot('chain', 'a'), nightowls.create_snapshot('handled', 'b')",
+                ),
+                (
+                    db.install().owner(),
+                    "select nightowls.rebuild_projection('chain'); select nightowls.rebuild_projection('handled')",
+                ),
+            ] {
+                scope.spawn(move || {
+                    let mut session = db.session(role);
+                    while !done.load(Ordering::Relaxed) {
+                        if let Err(refusal) = session.try_exec(work) {
+                            assert_eq!(refusal.code, "NW006", "{work}: {refusal}");
+                        }
+                    }
+                });
+            }
+            for reader in 0..2 {
+                scope.spawn(move || {
+                    let mut session = db.service();
+                    let mut random = Random::new(100 + reader);
+                    while !done.load(Ordering::Relaxed) {
+                        let id = if random.chance(50) { "a" } else { "b" };
+                        let version = 1 + random.below(60) as i64;
+                        let version = version.min(text(&mut session, &format!("select version from nightowls.last_event('order', '{id}')")).parse().expect("a number"));
+                        assert_state(&mut session, id, version);
+                        let counted = text(&mut session, &format!("select nightowls.state_at('handled', '{id}', {version})"));
+                        assert_eq!(counted, handled(&mut session, id, version), "{id} at {version}");
+                        let whole = text(
+                            &mut session,
+                            &format!("select count(*) = max(version) and count(*) = count(distinct version) from nightowls.read_aggregate('order', '{id}', 1, 1000000, true)"),
+                        );
+                        assert_eq!(whole, "t", "{id}");
+                    }
+                });
+            }
+            let ended: Vec<_> = writers
+                .into_iter()
+                .map(thread::ScopedJoinHandle::join)
+                .collect();
+            done.store(true, Ordering::Relaxed);
+            for writer in ended {
+                writer.expect("a writer ends well");
+            }
+        });
+        let mut service = db.service();
+        service.exec(
+            "select nightowls.refresh_projection('chain'), nightowls.refresh_projection('handled')",
+        );
+        for id in ["a", "b"] {
+            let head: i64 = text(
+                &mut service,
+                &format!("select version from nightowls.last_event('order', '{id}')"),
+            )
+            .parse()
+            .expect("a number");
+            for version in [1, head / 3, head / 2, head] {
+                assert_state(&mut service, id, version);
+            }
+            let state = text(
+                &mut service,
+                &format!(
+                    "select state from nightowls.projection_states where projection = 'handled' and aggregate_id = '{id}'"
+                ),
+            );
+            assert_eq!(state, handled(&mut service, id, head));
+        }
+        for projection in ["chain", "handled"] {
+            verified(&mut service, projection);
+        }
+    });
+}
+
+#[test]
+fn a_server_killed_in_the_middle_of_a_compaction_has_lost_nothing_and_goes_on() {
+    own_cluster(|cluster| {
+        for install in Install::ALL {
+            let db = cluster.database(install);
+            let org = default_org(&db);
+            let mut superuser = db.superuser();
+            write_history(&mut superuser, &org, "a", 12_000);
+            chain(&mut superuser, "1000");
+            let before = history(&db);
+            // One slice is there; the next is under way when the server dies, in the proof first, then in the moving.
+            let mut service = db.service();
+            compact(&mut service, "a", ", max_ms => 1");
+            for phase in ["proving", "moving"] {
+                while phase == "moving"
+                    && text(
+                        &mut service,
+                        "select coalesce(max(compacted_to), 0) > 0 from nightowls.compactions",
+                    ) == "f"
+                {
+                    compact(&mut service, "a", ", max_ms => 1");
+                }
+                let kept = (
+                    extent(&mut service, "a"),
+                    lines(&mut service, "select phase, done from nightowls.progress"),
+                );
+                assert_eq!(kept.1[0].split(' ').next(), Some(phase));
+                let pid = service.pid();
+                thread::scope(|scope| {
+                    let dying = scope.spawn(|| {
+                        // Longer than the server lives: what it has done is not committed.
+                        let mut done = Ok(());
+                        while done.is_ok() {
+                            done = service.try_exec(
+                                "begin; select nightowls.compact_aggregate('order', 'a', max_ms => 600000); rollback",
+                            );
+                        }
+                    });
+                    let mut watcher = db.superuser();
+                    wait_until("it writes", Duration::from_secs(20), || {
+                        text(
+                            &mut watcher,
+                            &format!(
+                                "select count(*) from pg_stat_activity where pid = {pid} and backend_xid is not null and query like '%compact_aggregate%'"
+                            ),
+                        ) == "1"
+                    });
+                    cluster.kill9_postmaster_and_restart();
+                    dying.join().expect("it ends");
+                });
+                service = db.service();
+                assert_eq!(
+                    (
+                        extent(&mut service, "a"),
+                        lines(&mut service, "select phase, done from nightowls.progress")
+                    ),
+                    kept
+                );
+                assert_eq!(history(&db), before);
+            }
+            while compact(&mut service, "a", ", max_ms => 1000").contains(" t ") {}
+            assert_eq!(extent(&mut service, "a"), "1..11999 11999 | 12000..12000 1");
+            assert_eq!(history(&db), before);
+            verified(&mut service, "chain");
+        }
+    });
+}
+
+/// The most memory that a backend has had, in kB; what it shares with others counts too.
+fn peak(pid: i32) -> u64 {
+    let status =
+        std::fs::read_to_string(format!("/proc/{pid}/status")).expect("the process is there");
+    status
+        .lines()
+        .find_map(|line| line.strip_prefix("VmHWM:"))
+        .and_then(|rest| rest.trim().trim_end_matches(" kB").parse().ok())
+        .expect("a process has a peak")
+}
+
+#[test]
+fn folding_a_long_history_takes_little_memory_in_every_way() {
+    on_each_install(|db| {
+        if !cfg!(target_os = "linux") {
+            return skip("/proc");
+        }
+        let org = default_org(db);
+        let count = match db.install() {
+            Install::Extension => long_history(300_000),
+            Install::Plain => long_history(40_000),
+        };
+        let mut superuser = db.superuser();
+        write_history(&mut superuser, &org, "long", count);
+        superuser.exec(&format!(
+            "begin;
+             set local session_replication_role = replica;
+             insert into nightowls.events (org_id, aggregate_type, aggregate_id, version, event_type, payload)
+             select '{org}', 'other', 'handled', i, 'counted', '{{\"by\": 1}}' from generate_series(1, 30000) i;
+             commit"
+        ));
+        chain(&mut superuser, "null");
+        superuser.exec("begin; set local session_replication_role = replica; delete from nightowls._projection_states; commit");
+        superuser.exec(&HANDLER.replace("'order'", "'other'"));
+        let mut folded = Vec::new();
+        for work in [
+            "select nightowls.state('chain', 'long')",
+            "select nightowls.create_snapshot('chain', 'long')",
+            "select nightowls.rebuild_projection('chain')",
+            "select nightowls.alter_projection('handled', handler => 'public.counted')",
+            "select nightowls.verify_projection('chain')",
+            "select nightowls.create_snapshot('chain', 'long')",
+            "select nightowls.compact_aggregate('order', 'long', max_ms => 600000)",
+            "select nightowls.state_at('chain', 'long', 29999)",
+            "select nightowls.restore_aggregate('order', 'long', max_ms => 600000)",
+        ] {
+            let mut session = db.direct(db.install().owner());
+            session.exec(work);
+            folded.push((peak(session.pid()), work));
+        }
+        assert!(
+            folded.iter().all(|(kilobytes, _)| *kilobytes < 200 * 1024),
+            "{folded:?}"
+        );
+        if std::env::var_os("NIGHTOWLS_SHOW_BUFFERS").is_some() {
+            println!("{}: {count} events: {folded:?}", db.install());
+        }
     });
 }

@@ -352,6 +352,7 @@ $$;
 revoke all on function nightowls._refuse_compaction(text, text, text, text) from public;
 
 -- The first and the last version of an aggregate that are in the live log, and the first in the archive. Null if there is none.
+-- Where compactions says that nothing is it does not look: there lie the rows that were moved and are not vacuumed yet.
 create function nightowls._extent(
   org            uuid,
   aggregate_type text,
@@ -375,11 +376,13 @@ begin
   select (select a.version
             from nightowls.events_archive a
            where a.org_id = _extent.org and a.aggregate_type = _extent.aggregate_type and a.aggregate_id = _extent.aggregate_id
+             and a.version > h.deleted_to
            order by a.version
            limit 1),
          (select e.version
             from nightowls.events e
            where e.org_id = _extent.org and e.aggregate_type = _extent.aggregate_type and e.aggregate_id = _extent.aggregate_id
+             and e.version > h.compacted_to
            order by e.version
            limit 1),
          (select e.version
@@ -387,7 +390,10 @@ begin
            where e.org_id = _extent.org and e.aggregate_type = _extent.aggregate_type and e.aggregate_id = _extent.aggregate_id
            order by e.version desc
            limit 1)
-    into archived, first, last;
+    into archived, first, last
+    from (select coalesce(max(c.compacted_to), 0) as compacted_to, coalesce(max(c.deleted_to), 0) as deleted_to
+            from nightowls.compactions c
+           where c.org_id = _extent.org and c.aggregate_type = _extent.aggregate_type and c.aggregate_id = _extent.aggregate_id) h;
 end;
 $$;
 
@@ -943,7 +949,7 @@ begin
       from moved m;
     get diagnostics v_moved = row_count;
   elsif v_extent.archived <= _move_events.upto then
-    v_last := least(_move_events.upto, v_extent.archived + _move_events.qty - 1);
+    v_last := least(_move_events.upto, v_extent.archived + _move_events.qty - 1, v_extent.first - 1);
     delete from nightowls.events_archive a
      where a.org_id = _move_events.org and a.aggregate_type = _move_events.aggregate_type
        and a.aggregate_id = _move_events.aggregate_id and a.version between v_extent.archived and v_last;
@@ -955,6 +961,10 @@ begin
        and e.aggregate_id = _move_events.aggregate_id and e.version between v_extent.first and v_last;
     get diagnostics v_moved = row_count;
   end if;
+  update nightowls.compactions c
+     set compacted_to = greatest(c.compacted_to, v_last),
+         deleted_to = case _move_events.mode when 'delete' then greatest(c.deleted_to, v_last) else c.deleted_to end
+   where c.org_id = _move_events.org and c.aggregate_type = _move_events.aggregate_type and c.aggregate_id = _move_events.aggregate_id;
   perform set_config('nightowls.door', v_door, true);
   return v_moved;
 end;
@@ -1156,6 +1166,11 @@ begin
   select a.version into v_last
     from nightowls.events_archive a
    where a.org_id = _put_back.org and a.aggregate_type = _put_back.aggregate_type and a.aggregate_id = _put_back.aggregate_id
+     and a.version <= (
+           select c.compacted_to
+             from nightowls.compactions c
+            where c.org_id = _put_back.org and c.aggregate_type = _put_back.aggregate_type
+              and c.aggregate_id = _put_back.aggregate_id)
    order by a.version desc
    limit 1;
   if v_last is null then
@@ -1174,6 +1189,9 @@ begin
    where a.org_id = _put_back.org and a.aggregate_type = _put_back.aggregate_type and a.aggregate_id = _put_back.aggregate_id
      and a.version between v_last - _put_back.qty + 1 and v_last;
   get diagnostics v_moved = row_count;
+  update nightowls.compactions c
+     set compacted_to = v_last - v_moved
+   where c.org_id = _put_back.org and c.aggregate_type = _put_back.aggregate_type and c.aggregate_id = _put_back.aggregate_id;
   perform set_config('nightowls.door', v_door, true);
   return v_moved;
 end;
