@@ -41,6 +41,20 @@ fn fill_log(db: &Db) -> String {
     service.exec(
         "begin; select nightowls.append_event('order', 'o2', 'counted', '{\"by\": 1}'); rollback",
     );
+    // Snapshots, an archive, events that are gone, and a compaction that is under way.
+    service.exec(
+        r#"select nightowls.set_snapshot_policy('tally', 5);
+           select nightowls.create_snapshot('tally', id) from unnest('{o5,o6}'::text[]) id;
+           select nightowls.compact_aggregate('order', 'o6', keep => 2);
+           select nightowls.set_compaction('order', keep => 7, min_events => 1000);
+           select nightowls.append_events('gone', 'g', (select jsonb_agg('{"event_type": "noted"}'::jsonb) from generate_series(1, 9)));
+           select nightowls.compact_aggregate('gone', 'g', keep => 2, mode => 'delete');
+           select count(*) from nightowls.create_snapshots()"#,
+    );
+    db.superuser().exec(
+        "select nightowls._begin_run(nightowls.current_org(), 'order', 'o5', 'archive', 4),
+                nightowls._next_replay(nightowls.current_org(), 'tally', 'o5', 4, 2)",
+    );
     service.exec(
         "select nightowls.request_floor('thread', 'ann', request_id => 'r1'), nightowls.request_floor('thread', 'bob')",
     );
@@ -96,6 +110,12 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.projections",
         "nightowls._projection_states",
         "nightowls.projection_states",
+        "nightowls.snapshots",
+        "nightowls._sweeps",
+        "nightowls._replays",
+        "nightowls.events_archive",
+        "nightowls.compactions",
+        "nightowls.compaction_policies",
         "nightowls.floors",
         "nightowls.floor_tickets",
     ];
@@ -190,6 +210,12 @@ fn assert_alive(db: &Db, read_models: bool) {
         ("update nightowls.events set payload = '{}'", "NW008"),
         ("truncate nightowls.events", "NW008"),
         ("delete from nightowls._projection_states", "NW008"),
+        ("delete from nightowls.snapshots", "NW008"),
+        ("delete from nightowls.events_archive", "NW008"),
+        (
+            "insert into nightowls.events_archive select *, now() from nightowls.events",
+            "NW008",
+        ),
         (
             "update nightowls.projection_states set state = null",
             "NW008",
@@ -207,6 +233,42 @@ fn assert_alive(db: &Db, read_models: bool) {
     );
     owner.exec(
         "select nightowls.rebuild_projection('tally'), nightowls.refresh_projection('tally')",
+    );
+    // The compaction goes on, the archive is read and put back, what is gone is known to be gone.
+    let snapshots = if read_models {
+        "'{tally,handled}'"
+    } else {
+        "'{tally}'"
+    };
+    service.exec(&format!(
+        "select nightowls.create_snapshot(p, 'o5') from unnest({snapshots}::text[]) p"
+    ));
+    for (sql, expected) in [
+        (
+            "select compacted_to || ' ' || more from nightowls.compact_aggregate('order', 'o5', keep => 2)",
+            "4 true",
+        ),
+        (
+            "select more from nightowls.compact_aggregate('order', 'o5', keep => 2)",
+            "f",
+        ),
+        (
+            "select moved > 0 and not more from nightowls.restore_aggregate('order', 'o6')",
+            "t",
+        ),
+        (
+            "select compacted_to || ' ' || deleted_to from nightowls.compactions where aggregate_id = 'g'",
+            "7 7",
+        ),
+        ("select count(*) from nightowls.progress", "0"),
+    ] {
+        assert_eq!(text(&mut service, sql), expected, "{sql}");
+    }
+    assert_eq!(
+        service
+            .refused("select nightowls.create_projection('late', 'gone', '{}')")
+            .code,
+        "NW006"
     );
     assert_eq!(
         lines(

@@ -1580,7 +1580,7 @@ as
               when c.operation is null then 'refused'
               when r.version is not null then 'proving'
               else 'moving' end as phase,
-         case when c.operation = 'restore' then null when r.version is not null then r.version else c.compacted_to end as done,
+         case when c.operation = 'restore' then null when r.version is not null then least(r.version, c.target) else c.compacted_to end as done,
          c.target as total,
          c.refused as reason,
          c.started_at,
