@@ -1,12 +1,14 @@
 //! Consumers: each event exactly once, in order, whoever dies on the way.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use crate::fixture::{Random, default_org, is_blocked, lines, new_org};
+use crate::fixture::{Random, default_org, is_blocked, lines, new_org, together};
 use crate::projections::{buffers, text};
 use crate::support::{
-    Db, SERVICE, SUPERUSER, Session, on_each_install, on_each_route, quote, wait_until,
+    Db, Install, Refusal, SERVICE, SUPERUSER, Session, on_each_install, on_each_route, own_cluster,
+    quote, wait_until,
 };
 
 /// Appends `count` events to each aggregate of `ids`, in turns.
@@ -795,6 +797,308 @@ fn consumer_lag_says_who_works_and_who_holds_the_horizon() {
                 "select lag_events, lag_positions, lease_until from nightowls.consumer_lag"
             ),
             ["0 0 null"]
+        );
+    });
+}
+
+// Killed consumers --------------------------------------------------------------------------------
+
+const MEMBERS: u32 = 2;
+const PER_BLOW: i64 = 500;
+
+/// One member: fetches, writes its effects and commits, half of the time in one
+/// transaction, else with a lease that is committed first; killed, it comes back.
+fn work(db: &Db, member: u32, done: &AtomicBool) {
+    let mut random = Random::new(u64::from(member) + 5);
+    let mut session: Option<Session> = None;
+    while !done.load(Ordering::SeqCst) {
+        let Some(open) = session.as_mut() else {
+            session = Session::connect(db.cluster().port(), db.name(), SERVICE).ok();
+            let named = session
+                .as_mut()
+                .map(|open| open.try_exec("set application_name = 'consumer'"));
+            if !matches!(named, Some(Ok(()))) {
+                session = None;
+            }
+            continue;
+        };
+        let size = 1 + random.below(120);
+        let outcome = if random.chance(50) {
+            open.try_exec(&format!(
+                "begin;
+                 with batch as materialized (
+                   select * from nightowls.fetch_events('mail', {size}, {member}, max_wait => '0.02 seconds')
+                 ), effect as (
+                   insert into public.effects (position, aggregate_id, version)
+                   select b.position, b.aggregate_id, b.version from batch b order by b.position
+                 )
+                 select nightowls.commit_offset('mail', max(b.position), max(b.fence), {member}) from batch b having count(*) > 0;
+                 commit"
+            ))
+        } else {
+            in_two_steps(open, size, member)
+        };
+        if let Err(refusal) = outcome {
+            match refusal.code.as_str() {
+                // Somebody else has taken over.
+                "NW003" => {
+                    if open.try_exec("rollback").is_err() {
+                        session = None;
+                    }
+                }
+                "08006" | "57P01" | "57P02" | "57P03" => session = None,
+                _ => panic!("member {member}: {refusal}"),
+            }
+        }
+    }
+}
+
+fn in_two_steps(session: &mut Session, size: u64, member: u32) -> Result<(), Refusal> {
+    let batch = session.try_rows(&format!(
+        "select fence, position, quote_literal(aggregate_id), version
+           from nightowls.fetch_events('mail', {size}, {member}, '0.2 seconds', '0.02 seconds')"
+    ))?;
+    let column = |row: &Vec<Option<String>>, n: usize| row[n].clone().expect("no column is null");
+    let Some(last) = batch.last() else {
+        return Ok(());
+    };
+    let effects: Vec<String> = batch
+        .iter()
+        .map(|row| {
+            format!(
+                "({}, {}, {})",
+                column(row, 1),
+                column(row, 2),
+                column(row, 3)
+            )
+        })
+        .collect();
+    session.try_exec(&format!(
+        "begin;
+         insert into public.effects (position, aggregate_id, version) values {};
+         select nightowls.commit_offset('mail', {}, {}, {member});
+         commit",
+        effects.join(", "),
+        column(last, 1),
+        column(last, 0)
+    ))
+}
+
+/// Two members work while `blows` times some events are appended and one of the
+/// blows falls. In the end every effect is there once, in order.
+fn survive(db: &Db, blows: u64, blow: impl Fn(&mut Random)) {
+    default_org(db);
+    db.owner().exec(&format!(
+        "create table public.effects (id bigint generated always as identity, position bigint, aggregate_id text, version bigint);
+         grant select, insert on public.effects to {SERVICE};
+         select nightowls.create_consumer('mail', members => {MEMBERS})"
+    ));
+    let done = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        /// The members end also when this thread panics.
+        struct Done<'a>(&'a AtomicBool);
+        impl Drop for Done<'_> {
+            fn drop(&mut self) {
+                self.0.store(true, Ordering::SeqCst);
+            }
+        }
+        let finish = Done(&done);
+        for member in 0..MEMBERS {
+            let done = &done;
+            scope.spawn(move || work(db, member, done));
+        }
+        let mut random = Random::new(blows);
+        for _ in 0..blows {
+            db.service().exec(&format!(
+                "select nightowls.append_events('cart', i::text, (select jsonb_agg('{{\"event_type\": \"added\"}}'::jsonb)
+                   from generate_series(1, {PER_BLOW} / 10))) from generate_series(1, 10) i"
+            ));
+            blow(&mut random);
+        }
+        let mut watcher = db.service();
+        wait_until("every event is handled", Duration::from_secs(60), || {
+            text(
+                &mut watcher,
+                "select bool_and(\"offset\" >= (select max(position) from nightowls.events)) from nightowls.consumer_lag",
+            ) == "t"
+        });
+        drop(finish);
+    });
+    let mut session = db.service();
+    let total = blows as i64 * PER_BLOW;
+    assert_eq!(
+        lines(
+            &mut session,
+            "select count(*), count(distinct position) from public.effects"
+        ),
+        [format!("{total} {total}")]
+    );
+    assert_eq!(
+        text(
+            &mut session,
+            "select count(*) from (select version, lag(version, 1, 0::bigint) over (partition by aggregate_id order by id) as before
+               from public.effects) e where version <> before + 1"
+        ),
+        "0",
+        "order in every aggregate"
+    );
+}
+
+/// The plain install, whose functions are the same, gets fewer blows unless
+/// `NIGHTOWLS_FULL` is set.
+#[test]
+fn killed_two_hundred_times_a_consumer_has_every_effect_once() {
+    on_each_install(|db| {
+        let full =
+            db.install() == Install::Extension || std::env::var_os("NIGHTOWLS_FULL").is_some();
+        survive(db, if full { 200 } else { 50 }, |random| {
+            let mut watcher = db.superuser();
+            let mut killed = false;
+            wait_until("a member is killed", Duration::from_secs(30), || {
+                let pids = lines(
+                    &mut watcher,
+                    &format!(
+                        "select pid from pg_stat_activity where datname = current_database() and usename = '{SERVICE}'
+                            and application_name = 'consumer' and state <> 'idle'"
+                    ),
+                );
+                if !pids.is_empty() {
+                    let pid = &pids[random.below(pids.len() as u64) as usize];
+                    killed =
+                        text(&mut watcher, &format!("select pg_terminate_backend({pid})")) == "t";
+                }
+                killed
+            });
+        });
+    });
+}
+
+#[test]
+fn killed_with_the_whole_server_a_consumer_has_every_effect_once() {
+    own_cluster(|cluster| {
+        for install in Install::ALL {
+            let db = cluster.database(install);
+            survive(&db, 5, |_| cluster.kill9_postmaster_and_restart());
+        }
+    });
+}
+
+#[test]
+fn a_consumer_beside_eight_writers_that_roll_back_misses_nothing() {
+    on_each_install(|db| {
+        default_org(db);
+        db.service()
+            .exec("select nightowls.create_consumer('mail')");
+        let writing = AtomicBool::new(true);
+        let seen = std::thread::scope(|scope| {
+            let consumer = scope.spawn(|| {
+                let mut session = db.service();
+                let mut seen = Vec::new();
+                loop {
+                    // Asked before: once nobody writes, an empty answer is the end.
+                    let last = !writing.load(Ordering::SeqCst);
+                    let more = drain(&mut session, "mail");
+                    if last && more.is_empty() {
+                        return seen;
+                    }
+                    seen.extend(more);
+                }
+            });
+            together(
+                8,
+                |_| db.service(),
+                |number, mut session| {
+                    let mut random = Random::new(number as u64);
+                    for _ in 0..40 {
+                        session.exec("begin");
+                        for _ in 0..=random.below(3) {
+                            session.exec(&format!(
+                                "select nightowls.append_event('cart', '{number} {}', 'added')",
+                                random.below(5)
+                            ));
+                            // A delay is the point here: it lets later positions commit first.
+                            std::thread::sleep(Duration::from_micros(random.below(3000)));
+                        }
+                        session.exec(if random.chance(20) {
+                            "rollback"
+                        } else {
+                            "commit"
+                        });
+                    }
+                },
+            );
+            writing.store(false, Ordering::SeqCst);
+            consumer.join().expect("the consumer read to the end")
+        });
+        let positions: Vec<String> = seen.iter().map(|event| event.0.to_string()).collect();
+        assert_eq!(
+            positions,
+            lines(
+                &mut db.service(),
+                "select position from nightowls.events order by position"
+            )
+        );
+    });
+}
+
+#[test]
+fn fetching_and_committing_stays_flat_while_an_old_snapshot_is_open() {
+    const CYCLE: &str = "with b as materialized (select * from nightowls.fetch_events('mail', 1))
+         select nightowls.commit_offset('mail', max(position), max(fence)) from b having count(*) > 0";
+    on_each_install(|db| {
+        let org = default_org(db);
+        let mut superuser = db.superuser();
+        superuser.exec(&format!(
+            "set session_replication_role = replica;
+             insert into nightowls.events (org_id, aggregate_type, aggregate_id, version, event_type)
+             select '{org}', 'cart', 'c', i, 'added' from generate_series(1, 5000) i;
+             reset session_replication_role;
+             alter table nightowls._consumer_offsets set (autovacuum_enabled = off)"
+        ));
+        superuser.exec("select nightowls.create_consumer('mail')");
+        let mut held = db.service();
+        held.exec("begin isolation level repeatable read; select 1");
+        for mode in ["auto", "force_generic_plan"] {
+            let mut service = db.service();
+            service.exec(&format!("set plan_cache_mode = {mode}"));
+            let mut most = Vec::new();
+            for _ in 0..3 {
+                // Not always the one in 64 that removes old rows.
+                let least = (0..3).map(|_| buffers(&mut service, CYCLE)).min();
+                most.push(least.expect("three are measured"));
+                for _ in 0..300 {
+                    service.exec(CYCLE);
+                }
+            }
+            assert!(
+                most.iter().all(|cost| *cost <= most[0] + 10 && *cost < 150),
+                "{mode}: {most:?} buffers, the later with hundreds of rows more that the snapshot keeps"
+            );
+        }
+        assert_eq!(
+            text(
+                &mut held,
+                "select count(*) from nightowls._consumer_offsets"
+            ),
+            "1",
+            "the old snapshot still sees what it saw"
+        );
+        held.exec("commit");
+        let rows = text(
+            &mut superuser,
+            "select count(*) from nightowls._consumer_offsets",
+        );
+        assert!(
+            rows.parse::<i64>().expect("a number") <= 130,
+            "{rows} rows left"
+        );
+        superuser.exec("select nightowls._prune_consumers()");
+        assert_eq!(
+            text(
+                &mut superuser,
+                "select count(*) from nightowls._consumer_offsets"
+            ),
+            "1"
         );
     });
 }

@@ -59,7 +59,23 @@ fn fill_log(db: &Db) -> String {
         "select nightowls.request_floor('thread', 'ann', request_id => 'r1'), nightowls.request_floor('thread', 'bob')",
     );
     service.exec("select nightowls.erase('order', 'o5', 'asked')");
+    fill_consumers(db);
     org
+}
+
+/// Consumers in every state: done in part, leased, with parked and replayed events.
+fn fill_consumers(db: &Db) {
+    db.service().exec(
+        r#"select nightowls.create_consumer('mail', '{"aggregate_types": ["order"]}', members => 3, max_attempts => 1);
+           select nightowls.commit_offset('mail', max(position), max(fence), 1) from nightowls.fetch_events('mail', 10, 1);
+           select nightowls.fetch_events('mail', 5, 1);
+           select nightowls.fail_event('mail', min(position), 'it''s "poison"', max(fence), 2) from nightowls.fetch_events('mail', 5, 2);
+           select nightowls.create_consumer('audit');
+           select nightowls.park_event('audit', min(position), 'later', max(fence)), nightowls.commit_offset('audit', max(position), max(fence))
+             from nightowls.fetch_events('audit', 20);
+           select nightowls.replay_parked('audit');
+           select nightowls.create_projection('later', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}', mode => 'async')"#,
+    );
 }
 
 /// What a user's own functions and tables take part in.
@@ -116,6 +132,11 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.events_archive",
         "nightowls.compactions",
         "nightowls.compaction_policies",
+        "nightowls.consumers",
+        "nightowls._consumer_offsets",
+        "nightowls._consumer_failures",
+        "nightowls.consumer_lag",
+        "nightowls.parked_events",
         "nightowls.floors",
         "nightowls.floor_tickets",
     ];
@@ -128,7 +149,9 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
     }
     all.extend(lines(
         &mut session,
-        "select 'sequence', last_value, is_called from nightowls.events_position_seq",
+        "select 'sequence', last_value, is_called from nightowls.events_position_seq
+         union all
+         select 'generations', last_value, is_called from nightowls.consumer_generations",
     ));
     all
 }
@@ -170,6 +193,34 @@ fn assert_alive(db: &Db, read_models: bool) {
         ),
         next(&head).to_string()
     );
+    // Consumers go on where they were, with fences above those of before.
+    assert_eq!(
+        lines(
+            &mut service,
+            "with before as materialized (select fence, \"offset\" from nightowls.consumer_lag where consumer = 'mail' and member = 0),
+                  batch as materialized (select * from nightowls.fetch_events('mail', 1000))
+             select min(b.position) > max(o.\"offset\"), min(b.fence) > max(o.fence) from batch b, before o"
+        ),
+        ["t t"]
+    );
+    assert_eq!(
+        lines(
+            &mut service,
+            "select count(*) from nightowls.fetch_events('mail', 5, 1)"
+        ),
+        ["0"],
+        "a lease is still held"
+    );
+    assert_eq!(
+        lines(
+            &mut service,
+            "select count(*), min(position) = (select min(position) from nightowls.parked_events where consumer = 'audit')
+               from nightowls.fetch_events('audit')"
+        ),
+        ["1 t"],
+        "what is to be replayed comes first"
+    );
+    service.exec("select nightowls.run_projections()");
     // A retry of what was appended before the dump is still known.
     assert_eq!(
         text(
