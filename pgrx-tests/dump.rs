@@ -56,25 +56,29 @@ fn fill_log(db: &Db) -> String {
                 nightowls._next_replay(nightowls.current_org(), 'tally', 'o5', 4, 2)",
     );
     service.exec(
-        "select nightowls.request_floor('thread', 'ann', request_id => 'r1'), nightowls.request_floor('thread', 'bob')",
+        "select nightowls.request_floor('thread', 'ann', request_id => 'r1'), nightowls.request_floor('thread', 'bob', poll_ms => 10000)",
     );
     service.exec("select nightowls.erase('order', 'o5', 'asked')");
     fill_consumers(db);
     org
 }
 
-/// Consumers in every state: done in part, leased, with parked and replayed events.
+/// Consumers in every state: done in part, leased, with parked and replayed events;
+/// of a type of their own, as they keep it from compaction.
 fn fill_consumers(db: &Db) {
     db.service().exec(
-        r#"select nightowls.create_consumer('mail', '{"aggregate_types": ["order"]}', members => 3, max_attempts => 1);
+        "select nightowls.append_event('letter', (i % 12)::text, 'written') from generate_series(1, 60) i",
+    );
+    db.service().exec(
+        r#"select nightowls.create_consumer('mail', '{"aggregate_types": ["letter"]}', members => 3, max_attempts => 1);
            select nightowls.commit_offset('mail', max(position), max(fence), 1) from nightowls.fetch_events('mail', 10, 1);
            select nightowls.fetch_events('mail', 5, 1);
            select nightowls.fail_event('mail', min(position), 'it''s "poison"', max(fence), 2) from nightowls.fetch_events('mail', 5, 2);
-           select nightowls.create_consumer('audit');
+           select nightowls.create_consumer('audit', '{"aggregate_types": ["letter"]}');
            select nightowls.park_event('audit', min(position), 'later', max(fence)), nightowls.commit_offset('audit', max(position), max(fence))
              from nightowls.fetch_events('audit', 20);
            select nightowls.replay_parked('audit');
-           select nightowls.create_projection('later', 'order', '{"otherwise": [{"op": "add", "path": "n"}]}', mode => 'async')"#,
+           select nightowls.create_projection('later', 'letter', '{"otherwise": [{"op": "add", "path": "n"}]}', mode => 'async')"#,
     );
 }
 
@@ -202,14 +206,6 @@ fn assert_alive(db: &Db, read_models: bool) {
              select min(b.position) > max(o.\"offset\"), min(b.fence) > max(o.fence) from batch b, before o"
         ),
         ["t t"]
-    );
-    assert_eq!(
-        lines(
-            &mut service,
-            "select count(*) from nightowls.fetch_events('mail', 5, 1)"
-        ),
-        ["0"],
-        "a lease is still held"
     );
     assert_eq!(
         lines(
