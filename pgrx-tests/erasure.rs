@@ -531,22 +531,26 @@ fn consumers_get_the_record_and_keep_no_errors() {
             &mut s,
             "select max(fence) from nightowls.fetch_events('failing')",
         );
-        let park = |s: &mut Session, position: i32| {
+        let positions = lines(&mut s, "select position from nightowls.events order by 1");
+        let park = |s: &mut Session, position: &str| {
             s.exec(&format!(
                 "select nightowls.park_event('failing', {position}, 'cannot handle Zoë 🦉 Ünïcode', {fence})"
             ));
         };
-        park(&mut s, 1);
+        park(&mut s, &positions[0]);
         s.exec("select nightowls.erase('person', 'subject', 'asked')");
         // A worker that had fetched the event before tells of it only now.
-        park(&mut s, 2);
+        park(&mut s, &positions[1]);
         assert_eq!(traces(db, &org), Vec::<String>::new());
         assert_eq!(
             lines(
                 &mut s,
                 "select position, error from nightowls.parked_events order by 1"
             ),
-            ["1 null", "2 null"]
+            [
+                format!("{} null", positions[0]),
+                format!("{} null", positions[1])
+            ]
         );
 
         let fetched = |s: &mut Session, consumer: &str| {

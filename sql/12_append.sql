@@ -707,6 +707,7 @@ begin
       select _append_list.org, _append_list.aggregate_type, _append_list.aggregate_id, head + x.no,
              -- What is not valid is null, which the table refuses.
              case when jsonb_typeof(x.event -> 'event_type') = 'string' and octet_length(x.event_type) between 1 and 255
+                       and not starts_with(x.event_type, 'nightowls.')
                        and x.event - '{event_type,payload,metadata}'::text[] = '{}'
                        and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
                then x.event_type end,
