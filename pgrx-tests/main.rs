@@ -27,6 +27,8 @@ mod plans;
 mod privileges;
 mod projections;
 mod queue;
+mod queue_dedup;
+mod queue_groups;
 mod queue_marks;
 mod read_models;
 mod readme;

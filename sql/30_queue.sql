@@ -47,6 +47,7 @@ create sequence nightowls.queue_line_no as bigint cache 1;
 
 comment on sequence nightowls.queue_line_no is 'Numbers messages and their places in line.';
 
+-- No check constraints: each is parsed anew by every statement that writes, and nobody but our functions does.
 -- What a claim changes is in no index and no predicate, and pages are more than half empty: so claims are heap-only updates even while
 -- an old snapshot keeps every version.
 create table nightowls.queue_messages (
@@ -68,9 +69,7 @@ create table nightowls.queue_messages (
   source       jsonb,
   headers      jsonb,
   message      jsonb       not null,
-  constraint queue_messages_pkey primary key (org_id, queue_id, msg_id),
-  constraint queue_messages_state_check check (state in ('r', 'd', 'w', 's', 'x')),
-  constraint queue_messages_priority_check check (priority between 0 and 9)
+  constraint queue_messages_pkey primary key (org_id, queue_id, msg_id)
 ) with (
   fillfactor = 42, autovacuum_vacuum_scale_factor = 0, autovacuum_vacuum_threshold = 2000, autovacuum_vacuum_cost_delay = 0,
   autovacuum_vacuum_insert_scale_factor = 0, autovacuum_vacuum_insert_threshold = 10000,
@@ -78,8 +77,7 @@ create table nightowls.queue_messages (
 );
 
 create index queue_messages_ready_idx on nightowls.queue_messages (org_id, queue_id, priority, line_no) where state = 'r';
-create index queue_messages_delayed_idx on nightowls.queue_messages (org_id, queue_id, due_at) where state in ('d', 's');
-create index queue_messages_dead_idx on nightowls.queue_messages (org_id, queue_id, msg_id) where state = 'x';
+create index queue_messages_delayed_idx on nightowls.queue_messages (org_id, queue_id, due_at) where state in ('d', 's', 'x');
 -- One message of a group at a time is at its head: this makes sure of it.
 create unique index queue_messages_head_key on nightowls.queue_messages (org_id, queue_id, group_key)
   where group_key is not null and state in ('r', 'd');
@@ -95,7 +93,7 @@ comment on column nightowls.queue_messages.state is
   's: done, but its group has yet to go on.';
 comment on column nightowls.queue_messages.msg_id is 'The message''s id: rising with gaps; kept for life.';
 comment on column nightowls.queue_messages.line_no is 'Its place in the ready line; a new one each time it joins the line.';
-comment on column nightowls.queue_messages.due_at is 'When it may be read, in the delayed line; when it was due, in the ready line.';
+comment on column nightowls.queue_messages.due_at is 'When it may be read, in the delayed line (infinity: a dead letter); when it was due, in the ready line.';
 comment on column nightowls.queue_messages.enqueued_at is 'The clock when it was sent.';
 comment on column nightowls.queue_messages.read_ct is 'How often it was delivered.';
 comment on column nightowls.queue_messages.lease_until is 'Until when its reader has it to itself.';
@@ -276,9 +274,19 @@ revoke all on function nightowls._queue(uuid, text) from public;
 -- nightowls.line remembers what the transaction holds: <xid>|<class>:<line number>|…#<key of a group>,…; a rolled-back savepoint
 -- takes locks and memory together.
 
--- The hold, taken before a line number is drawn, as an append takes it for positions. It runs in functions of the owner's, which
--- have pinned the search_path.
-create function nightowls._hold_line(class int)
+-- The last line number drawn. Never null, also before the first draw: lower than the truth does no harm.
+create function nightowls._last_line()
+  returns bigint
+  language sql
+  volatile
+  parallel unsafe
+  return coalesce(pg_sequence_last_value('nightowls.queue_line_no'::regclass), 0);
+
+revoke all on function nightowls._last_line() from public;
+
+-- The hold, taken before a line number is drawn, as an append takes it for positions. After 8 classes comes the one that is held
+-- against all. last: _last_line(), read before. It runs in functions of the owner's, which have pinned the search_path.
+create function nightowls._hold_line_again(org uuid, last bigint)
   returns boolean
   language plpgsql
   volatile
@@ -286,30 +294,42 @@ create function nightowls._hold_line(class int)
 as $$
 #variable_conflict use_column
 declare
-  -- Lower than the truth does no harm.
-  v_last bigint := coalesce(pg_sequence_last_value('nightowls.queue_line_no'::regclass), 0);
-  v_held text;
-  v_mark bigint;
+  v_class int := nightowls._org_class(_hold_line_again.org);
+  v_held  text := current_setting('nightowls.line', true);
+  v_mark  bigint;
 begin
-  if starts_with(current_setting('nightowls.line', true), pg_current_xact_id()::text || '|') then
-    v_held := current_setting('nightowls.line', true);
-    if strpos(v_held, '|256:') > 0 or length(v_held) - length(replace(v_held, ':', '')) >= 8 then
-      _hold_line.class := 256;
-    end if;
-    v_mark := nullif(split_part(split_part(v_held, '|' || _hold_line.class || ':', 2), '|', 1), '')::bigint;
-    if v_mark <= v_last then
-      -- Asked for again, which costs nothing when it is held: a setting can be forged, a lock cannot.
-      return pg_advisory_xact_lock_shared(nightowls._lock_class(512 + _hold_line.class), nightowls._lock_key(v_mark)) is not null;
-    end if;
-    v_held := replace(v_held, '#', _hold_line.class || ':' || v_last || '|#');
+  if starts_with(v_held, pg_current_xact_id()::text || '|') is not true then
+    -- A session's setting is not ours.
+    v_held := pg_current_xact_id()::text || '|#';
+  elsif strpos(v_held, '|256:') > 0 or length(v_held) - length(replace(v_held, ':', '')) >= 8 then
+    v_class := 256;
   end if;
-  return pg_advisory_xact_lock_shared(nightowls._lock_class(512 + _hold_line.class), nightowls._lock_key(v_last)) is not null
-     and set_config('nightowls.line',
-                    coalesce(v_held, concat(pg_current_xact_id()::text, '|', _hold_line.class, ':', v_last, '|#')), true) <> '';
+  v_mark := nullif(split_part(split_part(v_held, '|' || v_class || ':', 2), '|', 1), '')::bigint;
+  if v_mark <= _hold_line_again.last then
+    -- Asked for again, which costs nothing when it is held: a setting can be forged, a lock cannot.
+    return pg_advisory_xact_lock_shared(nightowls._lock_class(512 + v_class), nightowls._lock_key(v_mark)) is not null;
+  end if;
+  return pg_advisory_xact_lock_shared(nightowls._lock_class(512 + v_class), nightowls._lock_key(_hold_line_again.last)) is not null
+     and set_config('nightowls.line', replace(v_held, '#', v_class || ':' || _hold_line_again.last || '|#'), true) <> '';
 end;
 $$;
 
-revoke all on function nightowls._hold_line(int) from public;
+revoke all on function nightowls._hold_line_again(uuid, bigint) from public;
+
+-- The first hold of a transaction, mostly the only one, in an expression.
+create function nightowls._hold_line(org uuid, last bigint)
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return case
+    when current_setting('nightowls.line', true) <> '' then nightowls._hold_line_again(org, last)
+    else pg_advisory_xact_lock_shared(nightowls._lock_class(512 + nightowls._org_class(org)), nightowls._lock_key(last)) is not null
+         and set_config('nightowls.line',
+                        concat(pg_current_xact_id()::text, '|', nightowls._org_class(org), ':', last, '|#'), true) is not null
+  end;
+
+revoke all on function nightowls._hold_line(uuid, bigint) from public;
 
 -- The last line number drawn, and the last at or below which no row of anybody else's can appear any more for this org. Read in
 -- this order, each in a statement of its own. What this transaction has drawn, its own statements see.
@@ -459,7 +479,7 @@ begin
      order by m.line_no
      limit 1000
        for update skip locked);
-  if v_tids <> '{}' and nightowls._hold_line(nightowls._org_class(_move_mark.org)) then
+  if v_tids <> '{}' and nightowls._hold_line(_move_mark.org, nightowls._last_line()) then
     update nightowls.queue_messages m
        set state = 'd', due_at = m.lease_until, line_no = n.line_no
       from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
@@ -556,7 +576,7 @@ begin
   select m.due_at into v_first
     from nightowls.queue_messages m
    where m.org_id = _move_due_mark.org and m.queue_id = _move_due_mark.queue_id
-     and m.state in ('d', 's') and m.due_at >= v_mark
+     and m.state in ('d', 's', 'x') and m.due_at >= v_mark
    order by m.due_at
    limit 1;
   if least(v_first, v_now) > v_mark then

@@ -156,7 +156,7 @@ begin
      order by m.msg_id
      limit 1;
     exit when not found;
-    perform nightowls._hold_line(nightowls._org_class(_advance_group.org));
+    perform nightowls._hold_line(_advance_group.org, nightowls._last_line());
     update nightowls.queue_messages m
        set state = case when m.due_at > n.now then 'd' else 'r' end::"char", line_no = n.line_no,
            due_at = case when m.due_at > n.now then m.due_at else n.now end
@@ -184,7 +184,7 @@ create function nightowls._leave_word(org uuid, queue_id int, group_key text)
 as $$
 #variable_conflict use_column
 begin
-  perform nightowls._hold_line(nightowls._org_class(_leave_word.org));
+  perform nightowls._hold_line(_leave_word.org, nightowls._last_line());
   insert into nightowls.queue_messages (org_id, queue_id, state, msg_id, line_no, due_at, group_key, message)
   select _leave_word.org, _leave_word.queue_id, 's', n.line_no, n.line_no, clock_timestamp(), _leave_word.group_key, 'null'
     from (select nextval('nightowls.queue_line_no') as line_no offset 0) n;
@@ -260,7 +260,7 @@ begin
   end if;
 
   -- Numbers of a group are drawn under its lock, so that their order is that of the commits.
-  perform nightowls._hold_line(nightowls._org_class(_send_batch.org));
+  perform nightowls._hold_line(_send_batch.org, nightowls._last_line());
   if v_known is null and v_groups = '{}' then
     with sent as (
       insert into nightowls.queue_messages (org_id, queue_id, priority, state, msg_id, line_no, due_at, headers, message)
@@ -331,7 +331,8 @@ $$;
 
 revoke all on function nightowls._send_batch(uuid, text, jsonb[], int, jsonb[], text[], interval, text[], int) from public;
 
--- One message; the usual case in one statement.
+-- One message; the usual case in one statement, which finds the org and the queue, takes the hold and draws the number, in this
+-- order.
 -- Definer: nobody else may write to the queue's tables.
 create function nightowls._send(
   org       uuid,
@@ -357,25 +358,29 @@ as $$
 declare
   v_id bigint;
 begin
-  -- What is small cannot be too deep: a level takes 8 bytes.
-  if (pg_column_size(_send.message) < 800 and pg_column_compression(_send.message) is null
-      and _send.delay = 0 and _send.priority = 0
-      and coalesce(_send.headers::text, _send.dedup_key, _send.group_key, _send.dedup_for::text) is null) is not true then
+  -- What is small cannot be too deep: a level takes 8 bytes. In an array nothing is compressed.
+  if (pg_column_size(array[_send.message]) < 800 and _send.message is not null and _send.delay = 0 and _send.priority = 0
+      and row (_send.headers, _send.dedup_key, _send.dedup_for, _send.group_key) is null) is not true then
     return (nightowls._send_batch(
-      _send.org, _send.name, array[_send.message], _send.delay,
+      coalesce(_send.org, nightowls._resolve_org()), _send.name, array[_send.message], _send.delay,
       case when _send.headers is not null then array[_send.headers] end,
       case when _send.dedup_key is not null then array[_send.dedup_key] end, _send.dedup_for,
       case when _send.group_key is not null then array[_send.group_key] end, _send.priority))[1];
-  elsif nightowls._hold_line(nightowls._org_class(_send.org)) then
-    insert into nightowls.queue_messages (org_id, queue_id, msg_id, line_no, message)
-    select q.org_id, q.queue_id, n.line_no, n.line_no, _send.message
-      from nightowls.queues q
-     cross join (select nextval('nightowls.queue_line_no') as line_no offset 0) n
-     where q.org_id = _send.org and q.name = nightowls._queue_name(_send.name)
-    returning msg_id into v_id;
   end if;
+  insert into nightowls.queue_messages (org_id, queue_id, msg_id, line_no, message)
+  select n.org_id, n.queue_id, n.line_no, n.line_no, _send.message
+    from (select o.org_id, o.queue_id, nextval('nightowls.queue_line_no') as line_no
+            from (select q.org_id, q.queue_id, nightowls._last_line() as last
+                    from nightowls.queues q
+                   where q.org_id = coalesce(_send.org, (
+                           select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org'))
+                     and q.name = nightowls._queue_name(_send.name)
+                  offset 0) o
+           where nightowls._hold_line(o.org_id, o.last)
+          offset 0) n
+  returning msg_id into v_id;
   if v_id is null then
-    perform nightowls._refuse_queue(_send.org, _send.name);
+    perform nightowls._refuse_queue(coalesce(_send.org, nightowls._resolve_org()), _send.name);
   end if;
   return v_id;
 end;
@@ -383,6 +388,7 @@ $$;
 
 revoke all on function nightowls._send(uuid, text, jsonb, int, jsonb, text, interval, text, int) from public;
 
+-- An expression, so that it is inlined and costs no call of its own.
 create function nightowls.send(
   queue     text,
   message   jsonb,
@@ -399,7 +405,7 @@ create function nightowls.send(
   volatile
   parallel unsafe
   return nightowls._send(
-    nightowls.current_org(send.org), send.queue, send.message, send.delay, send.headers, send.dedup_key, send.dedup_for,
+    nightowls._caller_org(send.org), send.queue, send.message, send.delay, send.headers, send.dedup_key, send.dedup_for,
     send.group_key, send.priority);
 
 comment on function nightowls.send(text, jsonb, int, jsonb, text, interval, text, int, uuid) is

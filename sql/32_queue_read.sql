@@ -27,13 +27,13 @@ begin
   end if;
   if (_bury.queue).dead_letter_queue is null then
     update nightowls.queue_messages m
-       set state = 'x', due_at = clock_timestamp(), lease_until = null, receipt = null,
+       set state = 'x', due_at = 'infinity', lease_until = null, receipt = null,
            last_error = coalesce(_bury.error, m.last_error)
      where m.org_id = v_message.org_id and m.queue_id = v_message.queue_id and m.msg_id = v_message.msg_id;
   else
     v_to := nightowls._queue((_bury.queue).org_id, (_bury.queue).dead_letter_queue);
     perform nightowls._use_priority(v_to.org_id, v_to.queue_id, v_message.priority);
-    perform nightowls._hold_line(nightowls._org_class(v_to.org_id));
+    perform nightowls._hold_line(v_to.org_id, nightowls._last_line());
     v_id := nextval('nightowls.queue_line_no');
     update nightowls.queue_messages m
        set queue_id = v_to.queue_id, state = 'r', line_no = v_id, due_at = clock_timestamp(), lease_until = null, receipt = null,
@@ -113,14 +113,14 @@ begin
     from (select m.ctid as tid, m.msg_id, m.state, m.read_ct
             from nightowls.queue_messages m
            where m.org_id = _promote.org and m.queue_id = v_queue.queue_id
-             and m.state in ('d', 's') and m.due_at >= v_mark and m.due_at <= clock_timestamp()
+             and m.state in ('d', 's', 'x') and m.due_at >= v_mark and m.due_at <= clock_timestamp()
            order by m.due_at
            limit 100
              for update skip locked) x;
   if v_tids is null then
     return false;
   end if;
-  perform nightowls._hold_line(nightowls._org_class(_promote.org));
+  perform nightowls._hold_line(_promote.org, nightowls._last_line());
   update nightowls.queue_messages m
      set state = 'r', line_no = n.line_no, lease_until = null, receipt = null
     from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
@@ -254,10 +254,56 @@ $$;
 
 revoke all on function nightowls._bury_claimed(uuid, text, tid[]) from public;
 
--- One look finds the queue, its mark and the messages to claim, and locks them; a second statement claims them by their places.
--- Neither can be planned as a walk over the queue. taking: pop, which deletes them instead.
--- Definer: nobody else may write to the queue's tables.
-create function nightowls._read(org uuid, name text, vt int, qty int, taking boolean)
+-- What read does in a queue with priorities, or one that is paused, or when a message was delivered too often.
+create function nightowls._read_slowly(org uuid, name text, lease interval, qty int)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set plan_cache_mode to force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  v_now     timestamptz;
+  v_receipt uuid := gen_random_uuid();
+  v_queue   nightowls.queues := nightowls._queue(_read_slowly.org, _read_slowly.name);
+  v_qty     int := _read_slowly.qty;
+  v_tids    tid[];
+begin
+  if v_queue.paused_at is not null then
+    return;
+  end if;
+  loop
+    v_tids := nightowls._claim_by_priority(_read_slowly.org, v_queue.queue_id, v_qty);
+    continue when nightowls._bury_claimed(_read_slowly.org, _read_slowly.name, v_tids);
+    v_now := clock_timestamp();
+    return query
+      update nightowls.queue_messages m
+         set lease_until = v_now + _read_slowly.lease, receipt = v_receipt, read_ct = m.read_ct + 1, last_read_at = v_now
+        from unnest(v_tids) as t (tid)
+       where m.ctid = t.tid
+      returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
+    v_qty := v_qty - coalesce(cardinality(v_tids), 0);
+    -- What is due joins the end of the line; where there is enough before it, now and then will do.
+    exit when v_qty = 0 and random() > 0.125;
+    exit when not nightowls._promote(_read_slowly.org, _read_slowly.name) or v_qty = 0;
+  end loop;
+  if random() < 0.0625 then
+    perform nightowls._move_marks(_read_slowly.org, v_queue.queue_id);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._read_slowly(uuid, text, interval, int) from public;
+
+-- One look finds the org, the queue, its mark and the messages to claim, and locks them; a second statement claims them by
+-- their places, in this order. Neither can be planned as a walk over the queue.
+-- Definer: nobody else may write to the queue's tables. That it may be executed is the right to read: a function of its own
+-- that looks who calls would be a third of a read.
+create function nightowls.read(queue text, vt int default null, qty int default 1, org uuid default null)
   returns setof nightowls.queue_message
   language plpgsql
   volatile
@@ -266,125 +312,87 @@ create function nightowls._read(org uuid, name text, vt int, qty int, taking boo
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
   set enable_sort to off
-  set enable_bitmapscan to off
   set plan_cache_mode to force_generic_plan
-  set jit to off
 as $$
 #variable_conflict use_column
 declare
-  v_now     timestamptz := clock_timestamp();
-  v_qty     int := _read.qty;
-  v_receipt uuid := gen_random_uuid();
-  v_claim   record;
-  v_tids    tid[];
+  v_now   timestamptz := clock_timestamp();
+  v_claim record;
 begin
-  if (v_qty >= 0 and coalesce(_read.vt, 0) >= 0) is not true then
-    perform nightowls._check_read(_read.vt, v_qty);
+  if (read.qty >= 0 and (read.vt is null or read.vt >= 0)) is not true then
+    perform nightowls._check_read(read.vt, read.qty);
   end if;
-
   loop
-    select q.queue_id, q.vt, q.max_attempts, q.paused_at, coalesce(l.priority, 0) as priority, coalesce(l.mark, 0) as mark, c.*,
-           case when c.found < v_qty or random() < 0.125 then exists (
-             select from nightowls.queue_messages d
-              where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's') and d.due_at <= v_now
+    select q.org_id, q.queue_id, q.paused_at, k.priority, k.mark, c.*,
+           v_now + make_interval(secs => coalesce(read.vt, q.vt)) as until, gen_random_uuid() as receipt,
+           case when c.found < read.qty or random() < 0.125 then (
+             select true
+               from nightowls.queue_messages d
+              where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's', 'x') and d.due_at <= v_now
                 and d.due_at >= coalesce((
-                      select k.mark
-                        from nightowls.queue_due_marks k
-                       where k.org_id = q.org_id and k.queue_id = q.queue_id
-                       order by k.mark desc
-                       limit 1), '-infinity')) end as due
+                      select x.mark
+                        from nightowls.queue_due_marks x
+                       where x.org_id = q.org_id and x.queue_id = q.queue_id
+                       order by x.mark desc
+                       limit 1), '-infinity')
+              order by d.due_at
+              limit 1) end as due
       into v_claim
       from nightowls.queues q
       left join lateral (
-             select k.priority, k.mark
-               from nightowls.queue_marks k
-              where k.org_id = q.org_id and k.queue_id = q.queue_id
-              order by k.priority desc, k.mark desc
-              limit 1) l on true
+             select x.priority, x.mark
+               from nightowls.queue_marks x
+              where x.org_id = q.org_id and x.queue_id = q.queue_id
+              order by x.priority desc, x.mark desc
+              limit 1) k on true
      cross join lateral (
-             select array_agg(x.tid) as tids, count(*) as found, min(x.line_no) as first, bool_or(x.dead) as dead,
-                    bool_or(x.tied) as tied
-               from (select m.ctid as tid, m.line_no, m.read_ct >= q.max_attempts as dead,
-                            m.group_key is not null or m.dedup_key is not null as tied
+             select array_agg(x.tid) as tids, count(*) as found, min(x.line_no) as first, bool_or(x.dead) as dead
+               from (select m.ctid as tid, m.line_no, m.read_ct >= q.max_attempts as dead
                        from nightowls.queue_messages m
                       where m.org_id = q.org_id and m.queue_id = q.queue_id and m.state = 'r' and m.priority = 0
-                        and m.line_no >= coalesce(l.mark, 0)
+                        and m.line_no >= coalesce(k.mark, 0)
                         and (m.lease_until is null or m.lease_until <= v_now)
-                        and q.paused_at is null and coalesce(l.priority, 0) = 0
+                        and q.paused_at is null and (k.priority > 0) is not true
                       order by m.line_no
-                      limit v_qty
+                      limit read.qty
                         for update skip locked) x) c
-     where q.org_id = _read.org and q.name = nightowls._queue_name(_read.name);
-    if not found then
-      perform nightowls._refuse_queue(_read.org, _read.name);
-    elsif v_claim.paused_at is not null then
+     where q.org_id = case
+             when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
+               then coalesce(read.org, nightowls._resolve_org())
+             else coalesce(read.org, (
+               select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) end
+       and q.name = nightowls._queue_name(read.queue);
+    if v_claim.org_id is null then
+      perform nightowls._refuse_queue(coalesce(read.org, nightowls._resolve_org()), read.queue);
+    elsif v_claim.dead or v_claim.priority > 0 or v_claim.paused_at is not null then
+      return query
+        select r.* from nightowls._read_slowly(v_claim.org_id, read.queue, v_claim.until - v_now, read.qty) r;
       return;
     end if;
 
-    v_tids := v_claim.tids;
-    if v_claim.priority > 0 then
-      v_tids := nightowls._claim_by_priority(_read.org, v_claim.queue_id, v_qty);
-    end if;
-    if v_claim.dead or v_claim.priority > 0 and v_claim.max_attempts is not null then
-      if nightowls._bury_claimed(_read.org, _read.name, v_tids) then
-        continue;
-      end if;
-    end if;
-
-    if v_tids is null then
-      null;
-    elsif _read.taking then
-      return query select * from nightowls._take(_read.org, _read.name, v_tids, v_claim.tied or v_claim.priority > 0);
-    elsif cardinality(v_tids) = 1 then
+    if v_claim.found = 1 then
       return query
         update nightowls.queue_messages m
-           set lease_until = v_now + make_interval(secs => coalesce(_read.vt, v_claim.vt)), receipt = v_receipt,
-               read_ct = m.read_ct + 1, last_read_at = v_now
-         where m.ctid = v_tids[1]
+           set lease_until = v_claim.until, receipt = v_claim.receipt, read_ct = m.read_ct + 1, last_read_at = v_now
+         where m.ctid = v_claim.tids[1]
         returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
-    else
+    elsif v_claim.found > 1 then
       return query
-        with claimed as (
-          update nightowls.queue_messages m
-             set lease_until = v_now + make_interval(secs => coalesce(_read.vt, v_claim.vt)), receipt = v_receipt,
-                 read_ct = m.read_ct + 1, last_read_at = v_now
-           where m.ctid = any (v_tids)
-          returning m.priority, m.line_no, m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers,
-                    m.receipt
-        )
-        select c.msg_id, c.read_ct, c.enqueued_at, c.last_read_at, c.lease_until, c.message, c.headers, c.receipt
-          from claimed c
-         order by c.priority desc, c.line_no;
+        update nightowls.queue_messages m
+           set lease_until = v_claim.until, receipt = v_claim.receipt, read_ct = m.read_ct + 1, last_read_at = v_now
+          from unnest(v_claim.tids) as t (tid)
+         where m.ctid = t.tid
+        returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
     end if;
 
-    exit when v_claim.due is not true or not nightowls._promote(_read.org, _read.name);
-    v_qty := v_qty - coalesce(cardinality(v_tids), 0);
-    exit when v_qty = 0;
+    read.qty := read.qty - v_claim.found;
+    exit when v_claim.due is not true or not nightowls._promote(v_claim.org_id, read.queue) or read.qty = 0;
   end loop;
 
-  if v_claim.priority > 0 then
-    if random() < 0.0625 then
-      perform nightowls._move_marks(_read.org, v_claim.queue_id);
-    end if;
-  elsif coalesce(v_claim.first, pg_sequence_last_value('nightowls.queue_line_no')) > v_claim.mark + 64 and random() < 0.125 then
-    perform nightowls._move_mark(_read.org, v_claim.queue_id, 0);
+  if coalesce(v_claim.first, pg_sequence_last_value('nightowls.queue_line_no')) > coalesce(v_claim.mark, 0) + 64
+     and random() < 0.125 then
+    perform nightowls._move_mark(v_claim.org_id, v_claim.queue_id, 0);
   end if;
-end;
-$$;
-
-revoke all on function nightowls._read(uuid, text, int, int, boolean) from public;
-
-create function nightowls.read(queue text, vt int default null, qty int default 1, org uuid default null)
-  returns setof nightowls.queue_message
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-begin
-  return query
-    select r.* from nightowls._read(nightowls.current_org(read.org), read.queue, read.vt, read.qty, false) r;
 end;
 $$;
 
@@ -424,7 +432,7 @@ begin
   end if;
   loop
     return query
-      select r.* from nightowls._read(v_org, read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, false) r;
+      select r.* from nightowls.read(read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, v_org) r;
     exit when found or clock_timestamp() >= v_until;
     perform pg_sleep(least(v_pause, extract(epoch from v_until - clock_timestamp())));
     v_pause := least(v_pause * 1.5, 0.25);
@@ -439,7 +447,7 @@ comment on function nightowls.read_with_poll(text, int, int, interval, uuid) is
 
 revoke all on function nightowls.read_with_poll(text, int, int, interval, uuid) from public;
 
-create function nightowls.pop(queue text, qty int default 1, org uuid default null)
+create function nightowls._pop_slowly(org uuid, name text, qty int)
   returns setof nightowls.queue_message
   language plpgsql
   volatile
@@ -447,9 +455,111 @@ create function nightowls.pop(queue text, qty int default 1, org uuid default nu
   set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_messages nightowls.queue_message[];
 begin
-  return query
-    select r.* from nightowls._read(nightowls.current_org(pop.org), pop.queue, 0, pop.qty, true) r;
+  v_messages := array(
+    select r from nightowls._read_slowly(_pop_slowly.org, _pop_slowly.name, interval '1 minute', _pop_slowly.qty) r);
+  perform nightowls._finish_many(
+    _pop_slowly.org, _pop_slowly.name, array(select m.msg_id from unnest(v_messages) m), null, false, false);
+  return query select * from unnest(v_messages);
+end;
+$$;
+
+revoke all on function nightowls._pop_slowly(uuid, text, int) from public;
+
+-- As read, but for the second statement.
+-- Definer: nobody else may write to the queue's tables; executing it is the right to it, as with read.
+create function nightowls.pop(queue text, qty int default 1, org uuid default null)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set plan_cache_mode to force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := clock_timestamp();
+  v_claim record;
+begin
+  if (pop.qty >= 0) is not true then
+    perform nightowls._check_read(0, pop.qty);
+  end if;
+  loop
+    select q.org_id, q.queue_id, k.mark, c.*, q.paused_at is not null or k.priority > 0 or c.odd as slow,
+           case when c.found < pop.qty or random() < 0.125 then (
+             select true
+               from nightowls.queue_messages d
+              where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's', 'x') and d.due_at <= v_now
+                and d.due_at >= coalesce((
+                      select x.mark
+                        from nightowls.queue_due_marks x
+                       where x.org_id = q.org_id and x.queue_id = q.queue_id
+                       order by x.mark desc
+                       limit 1), '-infinity')
+              order by d.due_at
+              limit 1) end as due
+      into v_claim
+      from nightowls.queues q
+      left join lateral (
+             select x.priority, x.mark
+               from nightowls.queue_marks x
+              where x.org_id = q.org_id and x.queue_id = q.queue_id
+              order by x.priority desc, x.mark desc
+              limit 1) k on true
+     cross join lateral (
+             select array_agg(x.tid) as tids, count(*) as found, min(x.line_no) as first, bool_or(x.odd) as odd
+               from (select m.ctid as tid, m.line_no,
+                            m.group_key is not null or m.dedup_key is not null or m.read_ct >= q.max_attempts as odd
+                       from nightowls.queue_messages m
+                      where m.org_id = q.org_id and m.queue_id = q.queue_id and m.state = 'r' and m.priority = 0
+                        and m.line_no >= coalesce(k.mark, 0)
+                        and (m.lease_until is null or m.lease_until <= v_now)
+                        and q.paused_at is null and (k.priority > 0) is not true
+                      order by m.line_no
+                      limit pop.qty
+                        for update skip locked) x) c
+     where q.org_id = case
+             when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
+               then coalesce(pop.org, nightowls._resolve_org())
+             else coalesce(pop.org, (
+               select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) end
+       and q.name = nightowls._queue_name(pop.queue);
+    if v_claim.org_id is null then
+      perform nightowls._refuse_queue(coalesce(pop.org, nightowls._resolve_org()), pop.queue);
+    elsif v_claim.slow then
+      -- Groups go on, keys are free again, and so on.
+      return query
+        select r.msg_id, r.read_ct, r.enqueued_at, r.last_read_at, r.vt, r.message, r.headers, null::uuid
+          from nightowls._pop_slowly(v_claim.org_id, pop.queue, pop.qty) r;
+      return;
+    end if;
+
+    if v_claim.found = 1 then
+      return query
+        delete from nightowls.queue_messages m
+         where m.ctid = v_claim.tids[1]
+        returning m.msg_id, m.read_ct + 1, m.enqueued_at, v_now, m.due_at, m.message, m.headers, null::uuid;
+    elsif v_claim.found > 1 then
+      return query
+        delete from nightowls.queue_messages m
+         using unnest(v_claim.tids) as t (tid)
+         where m.ctid = t.tid
+        returning m.msg_id, m.read_ct + 1, m.enqueued_at, v_now, m.due_at, m.message, m.headers, null::uuid;
+    end if;
+
+    pop.qty := pop.qty - v_claim.found;
+    exit when v_claim.due is not true or not nightowls._promote(v_claim.org_id, pop.queue) or pop.qty = 0;
+  end loop;
+
+  if coalesce(v_claim.first, pg_sequence_last_value('nightowls.queue_line_no')) > coalesce(v_claim.mark, 0) + 64
+     and random() < 0.125 then
+    perform nightowls._move_mark(v_claim.org_id, v_claim.queue_id, 0);
+  end if;
 end;
 $$;
 
@@ -479,7 +589,7 @@ declare
 begin
   return query
     select v_queue || '.' || r.msg_id || '.' || r.receipt, r.message, r.read_ct, r.enqueued_at, r.vt, r.headers
-      from nightowls._read(v_org, pop_queue.queue_name, pop_queue.visibility_timeout, pop_queue.batch_size, false) r;
+      from nightowls.read(pop_queue.queue_name, pop_queue.visibility_timeout, pop_queue.batch_size, v_org) r;
 end;
 $$;
 

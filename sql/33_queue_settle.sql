@@ -100,16 +100,18 @@ declare
   v_queue nightowls.queues;
 begin
   delete from nightowls.queue_messages m
-   where m.org_id = _ack.org
-     and m.queue_id = (
-           select q.queue_id
-             from nightowls.queues q
-            where q.org_id = _ack.org and q.name = nightowls._queue_name(_ack.name) and not q.archive_acked)
-     and m.msg_id = _ack.msg_id and m.receipt = _ack.receipt and m.lease_until > clock_timestamp()
-     and m.group_key is null and m.dedup_key is null;
+   using (select q.org_id, q.queue_id
+            from nightowls.queues q
+           where q.org_id = coalesce(_ack.org, (
+                   select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org'))
+             and q.name = nightowls._queue_name(_ack.name) and not q.archive_acked
+          offset 0) q
+   where m.org_id = q.org_id and m.queue_id = q.queue_id and m.msg_id = _ack.msg_id
+     and m.receipt = _ack.receipt and m.lease_until > clock_timestamp() and m.group_key is null and m.dedup_key is null;
   if found then
     return true;
   end if;
+  _ack.org := coalesce(_ack.org, nightowls._resolve_org());
   perform nightowls._check_settle(_ack.msg_id, _ack.receipt);
   v_queue := nightowls._queue(_ack.org, _ack.name);
   return nightowls._finish(v_queue, _ack.msg_id, _ack.receipt, true, v_queue.archive_acked);
@@ -123,7 +125,7 @@ create function nightowls.ack(queue text, msg_id bigint, receipt uuid, org uuid 
   language sql
   volatile
   parallel unsafe
-  return nightowls._ack(nightowls.current_org(ack.org), ack.queue, ack.msg_id, ack.receipt);
+  return nightowls._ack(nightowls._caller_org(ack.org), ack.queue, ack.msg_id, ack.receipt);
 
 comment on function nightowls.ack(text, bigint, uuid, uuid) is
   'Says that a message is done: it is deleted, or archived if the queue was made so. Returns true; false, and changes nothing, when the '
@@ -264,43 +266,6 @@ end;
 $$;
 
 revoke all on function nightowls._finish_many(uuid, text, bigint[], uuid[], boolean, boolean) from public;
-
--- What pop takes away, in the order of the line. tied: some are grouped or have a dedup key.
-create function nightowls._take(org uuid, name text, tids tid[], tied boolean)
-  returns setof nightowls.queue_message
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-  set enable_seqscan to off
-  set plan_cache_mode to force_generic_plan
-  set jit to off
-as $$
-#variable_conflict use_column
-declare
-  v_ids bigint[];
-begin
-  if not _take.tied then
-    return query
-      with gone as (
-        delete from nightowls.queue_messages m where m.ctid = any (_take.tids) returning m.*
-      )
-      select g.msg_id, g.read_ct + 1, g.enqueued_at, clock_timestamp(), g.due_at, g.message, g.headers, null::uuid
-        from gone g
-       order by g.priority desc, g.line_no;
-    return;
-  end if;
-  return query
-    select m.msg_id, m.read_ct + 1, m.enqueued_at, clock_timestamp(), m.due_at, m.message, m.headers, null::uuid
-      from nightowls.queue_messages m
-     where m.ctid = any (_take.tids)
-     order by m.priority desc, m.line_no;
-  v_ids := array(select m.msg_id from nightowls.queue_messages m where m.ctid = any (_take.tids));
-  perform nightowls._finish_many(_take.org, _take.name, v_ids, null, false, false);
-end;
-$$;
-
-revoke all on function nightowls._take(uuid, text, tid[], boolean) from public;
 
 create function nightowls.ack_many(queue text, msg_ids bigint[], receipts uuid[], org uuid default null)
   returns setof bigint
@@ -445,7 +410,7 @@ begin
      where m.org_id = _nack.org and m.queue_id = v_queue.queue_id and m.msg_id = _nack.msg_id;
     return true;
   end if;
-  perform nightowls._hold_line(nightowls._org_class(_nack.org));
+  perform nightowls._hold_line(_nack.org, nightowls._last_line());
   update nightowls.queue_messages m
      set state = case when v_pause > interval '0' then 'd' else 'r' end::"char", line_no = n.line_no,
          due_at = clock_timestamp() + v_pause, lease_until = null, receipt = null, last_error = coalesce(_nack.error, m.last_error)
@@ -672,7 +637,7 @@ begin
       from (select clock_timestamp() + make_interval(secs => _set_vt.vt) as at) n
      where m.org_id = _set_vt.org and m.queue_id = v_queue.queue_id and m.msg_id = _set_vt.msg_id;
   else
-    perform nightowls._hold_line(nightowls._org_class(_set_vt.org));
+    perform nightowls._hold_line(_set_vt.org, nightowls._last_line());
     update nightowls.queue_messages m
        set state = case when _set_vt.vt > 0 then 'd' else 'r' end::"char", line_no = n.line_no, due_at = n.at,
            lease_until = case when v_leased then n.at end, receipt = case when v_leased then m.receipt end

@@ -384,7 +384,7 @@ begin
     perform nightowls._lock_group((_revive.message).org_id, v_to, v_group, true);
   end if;
   perform nightowls._use_priority((_revive.message).org_id, v_to, (_revive.message).priority);
-  perform nightowls._hold_line(nightowls._org_class((_revive.message).org_id));
+  perform nightowls._hold_line((_revive.message).org_id, nightowls._last_line());
   update nightowls.queue_messages m
      set queue_id = v_to, msg_id = v_id, group_key = v_group, state = case when v_group is null then 'r' else 'w' end::"char",
          line_no = n.line_no, due_at = clock_timestamp(), lease_until = null, receipt = null, read_ct = 0,
@@ -424,13 +424,20 @@ begin
   for v_row in
     select m.*
       from nightowls.queue_messages m
-     where m.org_id = _redrive.org
-       and (m.queue_id = v_queue.queue_id and m.state = 'x'
-            or m.queue_id = v_queue.queue_id and m.source is not null and m.state in ('r', 'd')
-            or m.queue_id = (select q.queue_id from nightowls.queues q
-                              where q.org_id = _redrive.org and q.name = v_queue.dead_letter_queue)
-               and (m.source ->> 'queue_id')::int = v_queue.queue_id and m.state in ('r', 'd', 'x'))
+     where m.ctid = any (array(
+             select d.ctid
+               from nightowls.queue_messages d
+              where d.org_id = _redrive.org and d.queue_id = v_queue.queue_id and d.state in ('d', 's', 'x')
+                and d.due_at = 'infinity' and d.state = 'x') || array(
+             select d.ctid
+               from nightowls.queue_messages d
+              where d.org_id = _redrive.org and d.source is not null and d.state in ('r', 'd', 'x')
+                and (d.queue_id = v_queue.queue_id
+                     or d.queue_id = (select q.queue_id from nightowls.queues q
+                                       where q.org_id = _redrive.org and q.name = v_queue.dead_letter_queue)
+                        and (d.source ->> 'queue_id')::int = v_queue.queue_id)))
        and (m.lease_until is null or m.lease_until <= clock_timestamp())
+       and m.state in ('r', 'd', 'x')
      order by m.msg_id
      limit _redrive.qty
        for update skip locked
