@@ -29,6 +29,7 @@ mod projections;
 mod queue;
 mod queue_dedup;
 mod queue_groups;
+mod queue_input;
 mod queue_marks;
 mod read_models;
 mod readme;
