@@ -1102,3 +1102,51 @@ fn fetching_and_committing_stays_flat_while_an_old_snapshot_is_open() {
         );
     });
 }
+
+#[test]
+fn the_page_on_consumers_does_what_it_says() {
+    on_each_route(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        for block in include_str!("../docs/consumers.md")
+            .split("```sql\n")
+            .skip(1)
+        {
+            let (sql, _) = block.split_once("```").expect("a block has an end");
+            for statement in statements(sql) {
+                owner.exec(&statement);
+            }
+        }
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select order_id, amount from public.invoices order by position"
+            ),
+            ["42 19.90", "43 5"]
+        );
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select consumer, attempts, error from nightowls._consumer_failures"
+            ),
+            ["invoices 1 not a number"]
+        );
+    });
+}
+
+/// Each statement by itself, but what stands between begin and commit.
+fn statements(sql: &str) -> Vec<String> {
+    let mut all = vec![String::new()];
+    let mut open = false;
+    for line in sql.lines() {
+        let last = all.last_mut().expect("there is always one");
+        last.push_str(line);
+        last.push('\n');
+        open = (open || line == "begin;") && line != "commit;";
+        if !open && line.ends_with(';') {
+            all.push(String::new());
+        }
+    }
+    all.retain(|statement| !statement.trim().is_empty());
+    all
+}

@@ -662,6 +662,9 @@ begin
           or not nightowls._lock_share(_fetch.org, v_consumer.name, v_share, false);
         -- Somebody may have been faster.
         v_locked := true;
+        v_replays := exists (
+          select from nightowls._consumer_failures f
+           where f.org_id = _fetch.org and f.consumer = v_consumer.name and (f.parked_at is not null or f.replay));
         continue anew when (nightowls._consumer(_fetch.consumer, _fetch.org)) is distinct from v_consumer;
       end loop;
       v_safe := greatest(v_safe, v_state."offset");
