@@ -348,7 +348,7 @@ begin
 
   for v_key in select k.key from jsonb_object_keys(check_reducer.reducer -> 'on') k (key) loop
     if v_key = 'nightowls.erased' then
-      perform nightowls._fold_refuse('on."nightowls.erased"', 'An erased event ends the state, always.');
+      perform nightowls._fold_refuse('on.' || nightowls._fold_name(v_key), 'An erased event ends the state, always.');
     end if;
     perform nightowls._fold_check_ops(check_reducer.reducer -> 'on' -> v_key, 'on.' || nightowls._fold_name(v_key));
   end loop;
