@@ -25,7 +25,7 @@ migrations: ## Write the plain install as migrations into DEST=…/supabase/migr
 	@test -n "$(DEST)" || { echo 'usage: make migrations DEST=path/to/supabase/migrations' >&2; exit 2; }
 	@scripts/migrations.sh "$(DEST)"
 
-bench: ## Measure append and fold; rewrites benches/README.md
+bench: ## Measure; rewrites benches/README.md (PART='append fold' chooses, QUICK=1 is short)
 	@scripts/bench.sh
 
 docs: ## Rewrite docs/api.md from the comments in the database

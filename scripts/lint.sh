@@ -95,7 +95,7 @@ shell_scripts() {
     skip 'shellcheck (not installed)'
     return 0
   fi
-  mapfile -t all < <(files 'scripts/*.sh' '.ci/run')
+  mapfile -t all < <(files 'scripts/*.sh' 'benches/*.sh' '.ci/run')
   shellcheck --external-sources --source-path=SCRIPTDIR --severity=warning "${all[@]}" || return 1
   mapfile -t all < <(files 'pgrx-tests/*.sh')
   shellcheck --severity=warning --shell=sh "${all[@]}"
