@@ -143,6 +143,7 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.parked_events",
         "nightowls.floors",
         "nightowls.floor_tickets",
+        "nightowls.floor_marks",
     ];
     let theirs = ["public.calls", "public.balances", "nightowls._view_totals"];
     for table in ours.iter().chain(theirs.iter().filter(|_| read_models)) {

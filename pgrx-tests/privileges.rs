@@ -171,6 +171,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "consumers select",
                 "events select",
                 "events_archive select",
+                "floor_marks select",
                 "floor_status select",
                 "floor_tickets select",
                 "floors select",
@@ -553,6 +554,7 @@ const CALLS: &[(&str, &str)] = &[
         "heartbeat_floor",
         "select nightowls.heartbeat_floor('c', 'a', fence) from nightowls.floors",
     ),
+    ("leave_floor", "select nightowls.leave_floor('c', 'a', 1)"),
     ("last_event", "select nightowls.last_event('order', 'a')"),
     ("list_queues", "select nightowls.list_queues()"),
     (

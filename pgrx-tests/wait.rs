@@ -70,7 +70,7 @@ fn nap(key: &str) -> String {
 
 /// Waits until all of these backends have lain down.
 #[track_caller]
-fn until_asleep(db: &Db, pids: &[i32]) {
+pub fn until_asleep(db: &Db, pids: &[i32]) {
     let mut watcher = db.superuser();
     let list = pids.iter().map(i32::to_string).collect::<Vec<_>>();
     let asleep = format!(

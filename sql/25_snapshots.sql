@@ -45,11 +45,11 @@ create table nightowls._sweeps (
   constraint _sweeps_pkey primary key (org_id, sweep, name)
 );
 
-comment on table nightowls._sweeps is 'How far create_snapshots and compact got with each projection and aggregate type.';
+comment on table nightowls._sweeps is 'How far create_snapshots, compact and tick got with each projection, aggregate type and org''s floors.';
 comment on column nightowls._sweeps.org_id is 'The tenant.';
-comment on column nightowls._sweeps.sweep is 'snapshots or compaction.';
-comment on column nightowls._sweeps.name is 'The projection, or the aggregate type.';
-comment on column nightowls._sweeps.after_id is 'The last aggregate looked at; empty: from the beginning.';
+comment on column nightowls._sweeps.sweep is 'snapshots, compaction or floors.';
+comment on column nightowls._sweeps.name is 'The projection, or the aggregate type; empty for floors.';
+comment on column nightowls._sweeps.after_id is 'The last aggregate or floor looked at; empty: from the beginning.';
 comment on column nightowls._sweeps.swept_at is 'When it had its last turn.';
 
 -- Writes a snapshot and removes those that are too dense: of the older ones about as many stay at each distance, twice as far

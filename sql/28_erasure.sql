@@ -38,6 +38,7 @@ begin atomic
          ('queue_archive', null, 'what somebody sent: it belongs to no aggregate'),
          ('floors', null, 'who holds what, while it is held'),
          ('floor_tickets', null, 'who waits for what, while they wait'),
+         ('floor_marks', null, 'numbers'),
          ('published_changes', null, 'definitions'),
          ('streams', null, 'definitions');
 end;

@@ -120,20 +120,51 @@ $$;
 
 revoke all on function nightowls._ack(uuid, text, bigint, uuid) from public;
 
-create function nightowls.ack(queue text, msg_id bigint, receipt uuid, org uuid default null)
+-- The org of an ack that a floor guards, which is locked against the next grant.
+create function nightowls._guard_ack(org uuid, container text, fence bigint)
+  returns uuid
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  _guard_ack.org := nightowls.current_org(_guard_ack.org);
+  perform nightowls._assert_fence(_guard_ack.org, _guard_ack.container, _guard_ack.fence);
+  return _guard_ack.org;
+end;
+$$;
+
+revoke all on function nightowls._guard_ack(uuid, text, bigint) from public;
+
+-- Without a fence the planner leaves nothing of the case.
+create function nightowls.ack(
+  queue     text,
+  msg_id    bigint,
+  receipt   uuid,
+  container text default null,
+  fence     bigint default null,
+  org       uuid default null
+)
   returns boolean
   language sql
   volatile
   parallel unsafe
-  return nightowls._ack(nightowls._caller_org(ack.org), ack.queue, ack.msg_id, ack.receipt);
+  return nightowls._ack(
+    case when ack.container is null and ack.fence is null then nightowls._caller_org(ack.org)
+         else nightowls._guard_ack(ack.org, ack.container, ack.fence) end,
+    ack.queue, ack.msg_id, ack.receipt);
 
-comment on function nightowls.ack(text, bigint, uuid, uuid) is
+comment on function nightowls.ack(text, bigint, uuid, text, bigint, uuid) is
   'Says that a message is done: it is deleted, or archived if the queue was made so. Returns true; false, and changes nothing, when the '
-  'lease has run out, or somebody else has the message, or it is gone. queue, msg_id, receipt: as it was read; org: the tenant. In the '
-  'caller''s transaction: effects and ack commit together. Waits for nobody but who has the same message locked. Raises NW007 if the queue '
-  'does not exist, NW010 if there is no org, 22004 for an argument that is null.';
+  'lease has run out, or somebody else has the message, or it is gone. queue, msg_id, receipt: as it was read; container and fence: only while '
+  'this floor is held with this fence; org: the tenant. In the '
+  'caller''s transaction: effects and ack commit together. Waits for nobody but who has the same message locked, and with a fence for a grant '
+  'of the floor that is under way. Raises NW003 if the fence is too old, whatever became of the message, NW007 if the queue '
+  'does not exist, NW010 if there is no org, 22004 for an argument that is null, or of container and fence only one.';
 
-revoke all on function nightowls.ack(text, bigint, uuid, uuid) from public;
+revoke all on function nightowls.ack(text, bigint, uuid, text, bigint, uuid) from public;
 
 create function nightowls.ack_message(message_id text, org uuid default null)
   returns boolean
@@ -267,7 +298,14 @@ $$;
 
 revoke all on function nightowls._finish_many(uuid, text, bigint[], uuid[], boolean, boolean) from public;
 
-create function nightowls.ack_many(queue text, msg_ids bigint[], receipts uuid[], org uuid default null)
+create function nightowls.ack_many(
+  queue     text,
+  msg_ids   bigint[],
+  receipts  uuid[],
+  container text default null,
+  fence     bigint default null,
+  org       uuid default null
+)
   returns setof bigint
   language plpgsql
   volatile
@@ -278,17 +316,19 @@ as $$
 begin
   return query
     select u.msg_id
-      from unnest(nightowls._finish_many(nightowls.current_org(ack_many.org), ack_many.queue, ack_many.msg_ids, ack_many.receipts,
-                                         true, null)) as u (msg_id);
+      from unnest(nightowls._finish_many(
+             case when ack_many.container is null and ack_many.fence is null then nightowls.current_org(ack_many.org)
+                  else nightowls._guard_ack(ack_many.org, ack_many.container, ack_many.fence) end,
+             ack_many.queue, ack_many.msg_ids, ack_many.receipts, true, null)) as u (msg_id);
 end;
 $$;
 
-comment on function nightowls.ack_many(text, bigint[], uuid[], uuid) is
+comment on function nightowls.ack_many(text, bigint[], uuid[], text, bigint, uuid) is
   'As ack, for several messages: returns the ids of those that were the caller''s and are done now. msg_ids, receipts: one of each for '
-  'every message; queue and org as in ack. Raises NW007 if the queue does not exist, NW010 if there is no org, 22004 or 22023 for arrays '
-  'that are null or of different lengths.';
+  'every message; queue, container, fence and org as in ack. Raises NW003 if the fence is too old, NW007 if the queue does not exist, NW010 if '
+  'there is no org, 22004 or 22023 for arrays that are null or of different lengths, 22004 if of container and fence only one is given.';
 
-revoke all on function nightowls.ack_many(text, bigint[], uuid[], uuid) from public;
+revoke all on function nightowls.ack_many(text, bigint[], uuid[], text, bigint, uuid) from public;
 
 create function nightowls.delete(queue text, msg_id bigint, receipt uuid default null, org uuid default null)
   returns boolean

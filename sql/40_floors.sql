@@ -52,6 +52,7 @@ create table nightowls.floor_tickets (
   polled_at    timestamptz not null default clock_timestamp(),
   fence        bigint,
   holding      boolean     not null default false,
+  left_at      timestamptz,
   constraint floor_tickets_pkey primary key (org_id, container, ticket)
 ) with (fillfactor = 50);
 
@@ -75,6 +76,18 @@ comment on column nightowls.floor_tickets.requested_at is 'When it asked first.'
 comment on column nightowls.floor_tickets.polled_at is 'When it last asked, as far as that was written down.';
 comment on column nightowls.floor_tickets.fence is 'The fence it was granted with; null: not granted.';
 comment on column nightowls.floor_tickets.holding is 'Whether it has the floor: one in a container at most.';
+comment on column nightowls.floor_tickets.left_at is 'When it left the line by leave_floor; null: it did not.';
+
+-- What is left of floors that were removed: no fence may come again.
+create table nightowls.floor_marks (
+  org_id uuid   not null,
+  fence  bigint not null,
+  constraint floor_marks_pkey primary key (org_id)
+);
+
+comment on table nightowls.floor_marks is 'The highest fence of the floors that were removed, as nobody had asked for them for a day. Kept by tick.';
+comment on column nightowls.floor_marks.org_id is 'The tenant.';
+comment on column nightowls.floor_marks.fence is 'No later grant has this fence or a lower one.';
 
 alter table nightowls.floors enable row level security;
 alter table nightowls.floors force row level security;
@@ -84,6 +97,11 @@ create policy service_all on nightowls.floors
 alter table nightowls.floor_tickets enable row level security;
 alter table nightowls.floor_tickets force row level security;
 create policy service_all on nightowls.floor_tickets
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+alter table nightowls.floor_marks enable row level security;
+alter table nightowls.floor_marks force row level security;
+create policy service_all on nightowls.floor_marks
   using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
 
 create type nightowls.floor_answer as (
@@ -119,7 +137,7 @@ create function nightowls._silence(poll_ms int)
   language sql
   immutable
   parallel safe
-  return greatest(poll_ms * 10.0, 5000.0) * interval '1 ms';
+  return greatest(poll_ms::bigint * 10, 5000) * interval '1 ms';
 
 revoke all on function nightowls._silence(int) from public;
 
@@ -222,7 +240,8 @@ as $$
 begin
   raise exception 'ticket % of floor "%" has had its turn', _refuse_lost_request.ticket, left(_refuse_lost_request.container, 64)
     using errcode = 'NW003',
-          detail = format('It was granted with fence %s and is held no more.', _refuse_lost_request.fence),
+          detail = case when _refuse_lost_request.fence is null then 'It left the line.'
+                        else format('It was granted with fence %s and is held no more.', _refuse_lost_request.fence) end,
           hint = 'Request the floor with a new request_id; what was read under the old fence may be out of date.';
 end;
 $$;
@@ -275,7 +294,7 @@ begin
           detail = case
             when v_floor.fence is distinct from _assert_fence.fence and v_floor.fence > 0
               then format('Its last fence is %s.', v_floor.fence)
-            when v_floor.fence is distinct from _assert_fence.fence then 'It was never granted.'
+            when v_floor.fence is distinct from _assert_fence.fence then 'Nobody has it.'
             when v_floor.holder is null then 'It was released.'
             else format('Its holder''s time is over: %s ms since the last heartbeat, %s since the grant.',
                         floor(extract(epoch from clock_timestamp() - v_floor.heartbeat_at) * 1000),
@@ -330,25 +349,29 @@ revoke all on function nightowls.assert_floor(text, bigint, uuid) from public;
 -- The line --------------------------------------------------------------------------------------------
 
 -- A floor and one ticket of it in one look: the given one, else that of the request, else the holder's newest. mark: the last
--- granted ticket. waiters: how many are there before the ticket, if it is waiting; changes_at: when that, or the holder, may change
--- though nobody does anything.
+-- granted ticket; waiters: how many are there before the ticket, if it is waiting and counted; before: whether there is one.
+-- changes_at: when that may change though nobody does anything: who waits behind somebody watches the next before it, which
+-- watches the one before that, and the first of them the holder.
 create function nightowls._see_floor(
   org            uuid,
   container      text,
   holder         text,
   request_id     text,
   ticket         bigint,
+  counted        boolean,
   out mark       bigint,
   out fence      bigint,
   out held       boolean,
   out mine       bigint,
   out my_holder  text,
   out my_fence   bigint,
+  out gone       boolean,
   out poll_ms    int,
   out polled_at  timestamptz,
   out written_by text,
   out present    boolean,
   out waiters    bigint,
+  out before     boolean,
   out changes_at timestamptz
 )
   language plpgsql
@@ -359,6 +382,7 @@ create function nightowls._see_floor(
   set enable_bitmapscan to off
   set enable_hashjoin to off
   set enable_mergejoin to off
+  set enable_sort to off
   set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
@@ -366,12 +390,12 @@ as $$
 begin
   select f.ticket, f.fence,
          f.holder is not null and nightowls._is_fresh(f.granted_at, f.heartbeat_at, f.max_hold_ms, f.max_total_ms),
-         t.ticket, t.holder, t.fence, t.poll_ms, t.polled_at, t.xmin::text, nightowls._is_waiting(t.polled_at, t.poll_ms),
-         w.waiters,
-         case when w.waiters > 0 then w.lost_at
+         t.ticket, t.holder, t.fence, t.left_at is not null, t.poll_ms, t.polled_at, t.xmin::text,
+         t.left_at is null and nightowls._is_waiting(t.polled_at, t.poll_ms), w.waiters, b.lost_at is not null,
+         case when b.lost_at is not null then b.lost_at
               when f.holder is not null then
                 least(f.heartbeat_at + f.max_hold_ms * interval '1 ms', f.granted_at + f.max_total_ms * interval '1 ms') end
-    into mark, fence, held, mine, my_holder, my_fence, poll_ms, polled_at, written_by, present, waiters, changes_at
+    into mark, fence, held, mine, my_holder, my_fence, gone, poll_ms, polled_at, written_by, present, waiters, before, changes_at
     from nightowls.floors f
     left join nightowls.floor_tickets t
       on t.org_id = f.org_id
@@ -390,17 +414,25 @@ begin
               order by x.ticket desc
               limit 1) end
     left join lateral (
-           select count(*) as waiters, min(x.polled_at + nightowls._silence(x.poll_ms) * 1.2) as lost_at
+           select count(*) as waiters
+             from nightowls.floor_tickets x
+            where _see_floor.counted and x.org_id = f.org_id and x.container = f.container
+              and x.ticket > f.ticket and x.ticket < t.ticket
+              and x.left_at is null and nightowls._is_waiting(x.polled_at, x.poll_ms)) w on t.ticket > f.ticket
+    left join lateral (
+           select x.polled_at + nightowls._silence(x.poll_ms) * 1.2 as lost_at
              from nightowls.floor_tickets x
             where x.org_id = f.org_id and x.container = f.container
               and x.ticket > f.ticket and x.ticket < t.ticket
-              and nightowls._is_waiting(x.polled_at, x.poll_ms)) w on t.ticket > f.ticket
+              and x.left_at is null and nightowls._is_waiting(x.polled_at, x.poll_ms)
+            order by x.ticket desc
+            limit 1) b on t.ticket > f.ticket
    where f.org_id = _see_floor.org
      and f.container = _see_floor.container;
 end;
 $$;
 
-revoke all on function nightowls._see_floor(uuid, text, text, text, bigint) from public;
+revoke all on function nightowls._see_floor(uuid, text, text, text, bigint, boolean) from public;
 
 create function nightowls._end_ticket(org uuid, container text, ticket bigint)
   returns void
@@ -467,7 +499,7 @@ begin
        from (select t.ticket
                from nightowls.floor_tickets t
               where t.org_id = _wake_next.org and t.container = _wake_next.container and t.ticket > _wake_next.ticket
-                and nightowls._is_waiting(t.polled_at, t.poll_ms)
+                and t.left_at is null and nightowls._is_waiting(t.polled_at, t.poll_ms)
               order by t.ticket
               limit 1) n;
   end if;
@@ -492,6 +524,7 @@ as $$
 declare
   v_floor nightowls.floors;
   v_mine  nightowls.floor_tickets;
+  v_mark  bigint;
 begin
   select f.* into v_floor
     from nightowls.floors f
@@ -505,22 +538,31 @@ begin
     return;
   end if;
 
-  -- Those who have been silent for too long are passed over by the very grant of a later ticket.
+  -- Those who have been silent for too long are passed over by the very grant of a later ticket. One that has left is not there.
   select coalesce(jsonb_agg(nightowls._floor_event('floor_skipped', jsonb_build_object(
              'holder', t.holder, 'ticket', t.ticket,
-             'silent_ms', floor(extract(epoch from clock_timestamp() - t.polled_at) * 1000))) order by t.ticket), '[]')
+             'silent_ms', floor(extract(epoch from clock_timestamp() - t.polled_at) * 1000))) order by t.ticket)
+           filter (where t.ticket < _grant_floor.ticket), '[]')
     into events
     from nightowls.floor_tickets t
    where t.org_id = _grant_floor.org
      and t.container = _grant_floor.container
      and t.ticket > v_floor.ticket
-     and t.ticket < _grant_floor.ticket
-  having bool_and(not nightowls._is_waiting(t.polled_at, t.poll_ms)) is not false;
+     and t.ticket <= _grant_floor.ticket
+     and t.left_at is null
+  having bool_or(t.ticket = _grant_floor.ticket)
+     and bool_and(t.ticket = _grant_floor.ticket or not nightowls._is_waiting(t.polled_at, t.poll_ms));
   if events is null then
     return;
   end if;
 
-  fence := greatest(v_floor.fence + 1,
+  if v_floor.granted_at is null then
+    -- There may have been a floor of this name before.
+    select m.fence into v_mark
+      from nightowls.floor_marks m
+     where m.org_id = _grant_floor.org;
+  end if;
+  fence := greatest(v_floor.fence + 1, v_mark + 1,
                     (extract(epoch from clock_timestamp() - timestamptz '2020-01-01 00:00:00+00') * 1000)::bigint);
   if v_floor.holder is not null then
     events := nightowls._floor_event('floor_reclaimed', jsonb_build_object(
@@ -533,11 +575,6 @@ begin
      set fence = _grant_floor.fence, holding = true
    where t.org_id = _grant_floor.org and t.container = _grant_floor.container and t.ticket = _grant_floor.ticket
   returning t.* into v_mine;
-  if not found then
-    fence := null;
-    events := null;
-    return;
-  end if;
   update nightowls.floors f
      set fence = _grant_floor.fence, ticket = v_mine.ticket, holder = v_mine.holder, granted_at = clock_timestamp(),
          heartbeat_at = clock_timestamp(), released_at = null, max_hold_ms = v_mine.max_hold_ms,
@@ -651,7 +688,7 @@ begin
   answer.skipped := false;
   loop
     v_seen := nightowls._see_floor(_request_floor.org, _request_floor.container, _request_floor.holder,
-                                   _request_floor.request_id, null);
+                                   _request_floor.request_id, null, true);
     if v_seen.my_holder <> _request_floor.holder then
       raise exception 'request "%" of floor "%" is another holder''s', left(_request_floor.request_id, 64),
           left(_request_floor.container, 64)
@@ -663,6 +700,8 @@ begin
       return;
     elsif v_seen.mine <= v_seen.mark and v_seen.my_fence is not null and _request_floor.request_id is not null then
       perform nightowls._refuse_lost_request(_request_floor.container, v_seen.mine, v_seen.my_fence);
+    elsif v_seen.gone and _request_floor.request_id is not null then
+      perform nightowls._refuse_lost_request(_request_floor.container, v_seen.mine, null);
     elsif v_seen.mine > v_seen.mark and v_seen.present then
       v_ticket := v_seen.mine;
       v_waiters := v_seen.waiters;
@@ -693,7 +732,7 @@ begin
   end loop;
 
   if v_ticket is null then
-    if v_seen.mine is not null and v_seen.my_fence is null then
+    if v_seen.mine is not null and v_seen.my_fence is null and not v_seen.gone then
       -- Silent for too long. Who was passed over by a grant has its event already.
       answer.skipped := true;
       if v_seen.mine > v_seen.mark then
@@ -702,7 +741,7 @@ begin
                     'silent_ms', floor(extract(epoch from clock_timestamp() - v_seen.polled_at) * 1000))));
       end if;
     end if;
-    select max(t.ticket), count(*) filter (where nightowls._is_waiting(t.polled_at, t.poll_ms))
+    select max(t.ticket), count(*) filter (where t.left_at is null and nightowls._is_waiting(t.polled_at, t.poll_ms))
       into v_last, v_waiters
       from nightowls.floor_tickets t
      where t.org_id = _request_floor.org and t.container = _request_floor.container and t.ticket > v_seen.mark;
@@ -799,17 +838,17 @@ comment on function nightowls.request_floor(text, text, int, int, text, int, uui
 
 revoke all on function nightowls.request_floor(text, text, int, int, text, int, uuid) from public;
 
--- One look of a waiter. ask_at: when it must ask again, so that the last committed poll still counts; nap_ms: how long nothing can
--- change without somebody doing something.
+-- One look of a waiter, and how long it may sleep before the next one: nap_ms, null if there is none. It must ask again before
+-- its last committed poll counts no more.
 -- Definer: nobody else may write floors.
 create function nightowls._await_step(
   org        uuid,
   container  text,
   holder     text,
   ticket     bigint,
+  until      timestamptz,
   out answer nightowls.floor_answer,
   out events jsonb,
-  out ask_at timestamptz,
   out nap_ms int
 )
   language plpgsql
@@ -822,8 +861,9 @@ as $$
 declare
   v_seen record;
   v_base bigint := pg_snapshot_xmax(pg_current_snapshot())::text::bigint;
+  v_end  timestamptz;
 begin
-  v_seen := nightowls._see_floor(_await_step.org, _await_step.container, null, null, _await_step.ticket);
+  v_seen := nightowls._see_floor(_await_step.org, _await_step.container, null, null, _await_step.ticket, false);
   if v_seen.mine is null or v_seen.my_holder <> _await_step.holder
      -- Visible and yet in progress: written by this very transaction.
      or pg_xact_status((v_base + nightowls._lock_key(v_seen.written_by::bigint - v_base))::text::xid8) = 'in progress' then
@@ -834,33 +874,41 @@ begin
             hint = 'Call request_floor first, in a transaction of its own, or call acquire_floor.';
   end if;
 
-  answer := (false, v_seen.mine, v_seen.waiters + v_seen.held::int, null, null, false)::nightowls.floor_answer;
-  ask_at := v_seen.polled_at + nightowls._silence(v_seen.poll_ms);
-  nap_ms := greatest(extract(epoch from least(v_seen.changes_at, ask_at) - clock_timestamp()) * 1000, 1);
+  answer := (false, v_seen.mine, null, null, 0, false)::nightowls.floor_answer;
   if v_seen.mine = v_seen.mark and v_seen.held then
-    answer.granted := true;
-    answer.fence := v_seen.fence;
-    answer.ahead := 0;
-  elsif v_seen.my_fence is not null then
+    answer := (true, v_seen.mine, 0, v_seen.fence, null, false)::nightowls.floor_answer;
+    return;
+  elsif v_seen.my_fence is not null or v_seen.gone then
     perform nightowls._refuse_lost_request(_await_step.container, v_seen.mine, v_seen.my_fence);
   elsif v_seen.mine <= v_seen.mark or not v_seen.present then
     answer.skipped := true;
-    answer.ahead := null;
-    answer.retry_in_ms := 0;
-  elsif v_seen.waiters = 0 and not v_seen.held then
+    return;
+  end if;
+
+  v_end := least(_await_step.until, v_seen.polled_at + nightowls._silence(v_seen.poll_ms));
+  if v_seen.before or v_seen.held then
+    nap_ms := greatest(extract(epoch from least(v_seen.changes_at, v_end) - clock_timestamp()) * 1000, 1);
+  else
     select g.fence, g.events into answer.fence, events
       from nightowls._grant_floor(_await_step.org, _await_step.container, _await_step.ticket) g;
-    answer.granted := events is not null;
-    answer.ahead := case when answer.granted then 0 else 1 end;
+    if events is not null then
+      answer := (true, v_seen.mine, 0, answer.fence, null, false)::nightowls.floor_answer;
+      return;
+    end if;
     -- A guarded write of the last holder is open, or another's look: it will not tell when it is done.
-    nap_ms := 20;
+    nap_ms := least(20, greatest(extract(epoch from v_end - clock_timestamp()) * 1000, 1));
+  end if;
+  if clock_timestamp() >= v_end then
+    nap_ms := null;
+    v_seen := nightowls._see_floor(_await_step.org, _await_step.container, null, null, _await_step.ticket, true);
+    answer.ahead := greatest(coalesce(v_seen.waiters, 0) + coalesce(v_seen.held, false)::int, 1);
   end if;
 end;
 $$;
 
-revoke all on function nightowls._await_step(uuid, text, text, bigint) from public;
+revoke all on function nightowls._await_step(uuid, text, text, bigint, timestamptz) from public;
 
--- A look, and what follows from it: the events, and how long to sleep before the next one; null: there is none.
+-- A look, and the events that follow from it.
 create function nightowls._await_turn(
   org        uuid,
   container  text,
@@ -879,17 +927,12 @@ as $$
 declare
   v_step record;
 begin
-  v_step := nightowls._await_step(_await_turn.org, _await_turn.container, _await_turn.holder, _await_turn.ticket);
+  v_step := nightowls._await_step(_await_turn.org, _await_turn.container, _await_turn.holder, _await_turn.ticket, _await_turn.until);
   if v_step.events is not null then
     perform nightowls._append_floor_events(_await_turn.org, _await_turn.container, v_step.events);
   end if;
   answer := v_step.answer;
-  if not answer.granted then
-    answer.retry_in_ms := 0;
-    if not answer.skipped and clock_timestamp() < least(_await_turn.until, v_step.ask_at) then
-      nap_ms := least(v_step.nap_ms, ceil(extract(epoch from _await_turn.until - clock_timestamp()) * 1000));
-    end if;
-  end if;
+  nap_ms := v_step.nap_ms;
 end;
 $$;
 
@@ -1014,7 +1057,7 @@ begin
       v_turn := nightowls._await_turn(v_org, acquire_floor.container, acquire_floor.holder, v_answer.ticket, v_until);
       v_answer := v_turn.answer;
       commit;
-      exit asking when v_answer.granted or nightowls._is_over(v_until);
+      exit asking when v_answer.granted or v_turn.nap_ms is null and nightowls._is_over(v_until);
       exit when v_turn.nap_ms is null;
       call nightowls._nap_without_snapshot(v_key, v_seen, v_nth, v_turn.nap_ms);
       v_nth := v_nth operator(pg_catalog.+) 1;
@@ -1036,6 +1079,93 @@ comment on procedure nightowls.acquire_floor(text, text, int, int, text, int, in
 
 revoke all on procedure nightowls.acquire_floor(text, text, int, int, text, int, int, uuid, boolean, bigint, bigint, bigint)
   from public;
+
+-- Ends a ticket that waits or holds, and the event to append. The floor is locked first, as by a grant: what is waiting then is
+-- not being granted.
+-- Definer: nobody else may write floors.
+create function nightowls._leave_floor(
+  org       uuid,
+  container text,
+  holder    text,
+  ticket    bigint,
+  out done  boolean,
+  out events jsonb
+)
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_floor nightowls.floors;
+begin
+  done := false;
+  select f.* into v_floor
+    from nightowls.floors f
+   where f.org_id = _leave_floor.org and f.container = _leave_floor.container
+     for no key update;
+  if not found then
+    return;
+  elsif v_floor.ticket = _leave_floor.ticket then
+    done := nightowls._release_floor(_leave_floor.org, _leave_floor.container, _leave_floor.holder, v_floor.fence);
+    return;
+  end if;
+  update nightowls.floor_tickets t
+     set left_at = clock_timestamp()
+   where t.org_id = _leave_floor.org and t.container = _leave_floor.container and t.ticket = _leave_floor.ticket
+     and t.holder = _leave_floor.holder and t.ticket > v_floor.ticket and t.left_at is null
+     and nightowls._is_waiting(t.polled_at, t.poll_ms)
+  returning jsonb_build_array(nightowls._floor_event('floor_left', jsonb_build_object(
+              'holder', t.holder, 'ticket', t.ticket,
+              'waited_ms', floor(extract(epoch from clock_timestamp() - t.requested_at) * 1000))))
+    into events;
+  if found then
+    done := true;
+    perform nightowls._wake_next(_leave_floor.org, _leave_floor.container, _leave_floor.ticket);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._leave_floor(uuid, text, text, bigint) from public;
+
+create function nightowls.leave_floor(container text, holder text, ticket bigint, org uuid default null)
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_org  uuid := nightowls.current_org(leave_floor.org);
+  v_done record;
+begin
+  perform nightowls._check_floor_names(leave_floor.container, leave_floor.holder);
+  if leave_floor.ticket is null then
+    raise exception 'ticket must not be null' using errcode = 'null_value_not_allowed';
+  end if;
+  v_done := nightowls._leave_floor(v_org, leave_floor.container, leave_floor.holder, leave_floor.ticket);
+  if v_done.events is not null then
+    perform nightowls._append_floor_events(v_org, leave_floor.container, v_done.events);
+  end if;
+  return v_done.done;
+end;
+$$;
+
+comment on function nightowls.leave_floor(text, text, bigint, uuid) is
+  'Gives up a ticket: leaves the line, or gives the floor back if the ticket was granted meanwhile. True if it was waiting or held; '
+  'false if it was not, was skipped, or is another holder''s, and then nothing is changed. container, holder, ticket: as requested and '
+  'returned; org: the tenant. A late retry of a request that has left gets NW003 where it has a request_id. '
+  'Waits for a request or grant of the floor that is under way. Raises NW010 if there is no org, 22004, 22023 or 54000 for an '
+  'argument that is null, empty or too long.';
+
+revoke all on function nightowls.leave_floor(text, text, bigint, uuid) from public;
 
 -- Holding -------------------------------------------------------------------------------------------
 
@@ -1156,7 +1286,7 @@ as
            select count(*) as waiting, min(t.requested_at) as waiting_since
              from nightowls.floor_tickets t
             where t.org_id = f.org_id and t.container = f.container and t.ticket > f.ticket
-              and nightowls._is_waiting(t.polled_at, t.poll_ms)) w;
+              and t.left_at is null and nightowls._is_waiting(t.polled_at, t.poll_ms)) w;
 
 comment on view nightowls.floor_status is 'Who has which floor, until when, and how many are waiting.';
 comment on column nightowls.floor_status.org_id is 'The tenant.';

@@ -21,7 +21,7 @@ begin
   execute format('grant usage on schema nightowls to %I', grant_service.role);
   execute format('grant select on nightowls.events, nightowls.routes, nightowls.projections, nightowls._projection_states, '
                  'nightowls.projection_states, nightowls.imports, nightowls.settings, nightowls.orgs, nightowls.org_members to %I', grant_service.role);
-  execute format('grant select on nightowls.floors, nightowls.floor_tickets, nightowls.floor_status to %I', grant_service.role);
+  execute format('grant select on nightowls.floors, nightowls.floor_tickets, nightowls.floor_marks, nightowls.floor_status to %I', grant_service.role);
   execute format('grant select on nightowls.consumers, nightowls._consumer_offsets, nightowls._consumer_failures, nightowls.consumer_lag, '
                  'nightowls.parked_events to %I', grant_service.role);
   execute format('grant select on nightowls.published_changes, nightowls.streams to %I', grant_service.role);

@@ -85,6 +85,7 @@ sql_files! {
     Both "queue_settle" "../sql/33_queue_settle.sql",
     Both "queue_admin" "../sql/34_queue_admin.sql",
     Both "floors" "../sql/40_floors.sql",
+    Both "floor_sweep" "../sql/41_floor_sweep.sql",
     Both "streams" "../sql/75_streams.sql",
     Both "cdc" "../sql/77_cdc.sql",
     Extension "migration" "../sql/extension/migration.sql",

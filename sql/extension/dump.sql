@@ -15,6 +15,7 @@ select pg_catalog.pg_extension_config_dump('nightowls._projection_states', '');
 select pg_catalog.pg_extension_config_dump('nightowls.projection_generations', '');
 select pg_catalog.pg_extension_config_dump('nightowls.floors', '');
 select pg_catalog.pg_extension_config_dump('nightowls.floor_tickets', '');
+select pg_catalog.pg_extension_config_dump('nightowls.floor_marks', '');
 select pg_catalog.pg_extension_config_dump('nightowls.published_changes', '');
 select pg_catalog.pg_extension_config_dump('nightowls.snapshots', '');
 select pg_catalog.pg_extension_config_dump('nightowls._sweeps', '');
