@@ -554,8 +554,8 @@ const CALLS: &[(&str, &str)] = &[
         "heartbeat_floor",
         "select nightowls.heartbeat_floor('c', 'a', fence) from nightowls.floors",
     ),
-    ("leave_floor", "select nightowls.leave_floor('c', 'a', 1)"),
     ("last_event", "select nightowls.last_event('order', 'a')"),
+    ("leave_floor", "select nightowls.leave_floor('c', 'a', 1)"),
     ("list_queues", "select nightowls.list_queues()"),
     (
         "nack",
