@@ -33,6 +33,7 @@ mod queue_dedup;
 mod queue_groups;
 mod queue_input;
 mod queue_marks;
+mod queue_wait;
 mod read_models;
 mod readme;
 mod snapshots;

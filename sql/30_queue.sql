@@ -19,6 +19,7 @@ create table nightowls.queues (
   retention         interval    not null default '30 days',
   paused_at         timestamptz,
   created_at        timestamptz not null default clock_timestamp(),
+  notify            boolean     not null default false,
   constraint queues_pkey primary key (org_id, name),
   constraint queues_queue_id_key unique (org_id, queue_id),
   constraint queues_on_other_body_check check (on_other_body in ('raise', 'report'))
@@ -41,6 +42,7 @@ comment on column nightowls.queues.archive_acked is 'Whether ack archives messag
 comment on column nightowls.queues.retention is 'How long purge_archive keeps archived messages where it names no time.';
 comment on column nightowls.queues.paused_at is 'Since when nothing is delivered; null: it is not paused.';
 comment on column nightowls.queues.created_at is 'When the queue was made.';
+comment on column nightowls.queues.notify is 'Whether who listens on channel nightowls_queues is told of messages.';
 
 -- The numbers of messages and of their places in line; one sequence for all. Every draw follows _hold_line() in its transaction.
 create sequence nightowls.queue_line_no as bigint cache 1;
@@ -412,6 +414,42 @@ end;
 $$;
 
 revoke all on function nightowls._lock_all_groups(uuid, int) from public;
+
+-- Waking ------------------------------------------------------------------------------------------
+
+-- A waiting reader naps for 'queue/<queue_id>' (_read_nap). Whoever puts a message into the ready line or, for its time, into the
+-- delayed one wakes as many as there are messages.
+
+-- Tells who listens, once a transaction and queue, as Postgres drops repetitions. Nobody waits for it but at commit.
+create function nightowls._notify_queue(org uuid, name text)
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return pg_notify('nightowls_queues', concat(org, ':', name)) is not null;
+
+revoke all on function nightowls._notify_queue(uuid, text) from public;
+
+create function nightowls._announce(org uuid, queue_id int, qty int)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set plan_cache_mode to force_generic_plan
+as $$
+#variable_conflict use_column
+begin
+  if _announce.qty > 0 and nightowls._wake('queue/' || _announce.queue_id, _announce.qty) then
+    perform nightowls._notify_queue(q.org_id, q.name)
+       from nightowls.queues q
+      where q.org_id = _announce.org and q.queue_id = _announce.queue_id and q.notify;
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._announce(uuid, int, int) from public;
 
 -- Marks -------------------------------------------------------------------------------------------
 

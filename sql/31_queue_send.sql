@@ -165,8 +165,11 @@ begin
             offset 0) n
      where m.org_id = _advance_group.org and m.queue_id = _advance_group.queue_id and m.msg_id = v_next
        and m.state = 'w';
-    -- Else somebody has deleted it meanwhile: look for the next.
-    exit when found;
+    if found then
+      perform nightowls._announce(_advance_group.org, _advance_group.queue_id, 1);
+      exit;
+    end if;
+    -- Somebody has deleted it meanwhile: look for the next.
   end loop;
 end;
 $$;
@@ -188,6 +191,7 @@ begin
   insert into nightowls.queue_messages (org_id, queue_id, state, msg_id, line_no, due_at, group_key, message)
   select _leave_word.org, _leave_word.queue_id, 's', n.line_no, n.line_no, clock_timestamp(), _leave_word.group_key, 'null'
     from (select nextval('nightowls.queue_line_no') as line_no offset 0) n;
+  perform nightowls._announce(_leave_word.org, _leave_word.queue_id, 1);
 end;
 $$;
 
@@ -273,6 +277,7 @@ begin
       returning msg_id
     )
     select array_agg(s.msg_id) into v_ids from sent s;
+    perform nightowls._announce(_send_batch.org, v_queue.queue_id, cardinality(v_ids));
     return v_ids;
   end if;
 
@@ -317,6 +322,9 @@ begin
     from unnest(v_ids, _send_batch.messages, _send_batch.headers, _send_batch.dedup_keys, _send_batch.group_keys)
            as u (msg_id, message, headers, dedup_key, group_key)
    where u.msg_id is not null;
+  perform nightowls._announce(_send_batch.org, v_queue.queue_id, (
+            select count(*) from unnest(v_ids, _send_batch.group_keys) as u (msg_id, group_key)
+             where u.msg_id is not null and u.group_key is null)::int);
   foreach v_group in array v_groups loop
     if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
       -- The snapshot is too old to see who else is in the group.
@@ -370,13 +378,15 @@ begin
   insert into nightowls.queue_messages (org_id, queue_id, msg_id, line_no, message)
   select n.org_id, n.queue_id, n.line_no, n.line_no, _send.message
     from (select o.org_id, o.queue_id, nextval('nightowls.queue_line_no') as line_no
-            from (select q.org_id, q.queue_id, nightowls._last_line() as last
+            from (select q.org_id, q.queue_id, q.name, q.notify, nightowls._last_line() as last
                     from nightowls.queues q
                    where q.org_id = coalesce(_send.org, (
                            select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org'))
                      and q.name = nightowls._queue_name(_send.name)
                   offset 0) o
            where nightowls._hold_line(o.org_id, o.last)
+             and nightowls._wake('queue/' || o.queue_id, 1)
+             and (not o.notify or nightowls._notify_queue(o.org_id, o.name))
           offset 0) n
   returning msg_id into v_id;
   if v_id is null then

@@ -47,6 +47,7 @@ begin
              'queue_id', m.queue_id, 'msg_id', m.msg_id, 'group_key', m.group_key, 'read_ct', m.read_ct, 'source', m.source,
              'origin', coalesce(m.source -> 'origin', jsonb_build_object('queue_id', m.queue_id, 'msg_id', m.msg_id)))
      where m.org_id = v_message.org_id and m.queue_id = v_message.queue_id and m.msg_id = v_message.msg_id;
+    perform nightowls._announce(v_to.org_id, v_to.queue_id, 1);
   end if;
   if v_message.group_key is not null then
     perform nightowls._go_on(v_message.org_id, v_message.queue_id, v_message.group_key);
@@ -126,6 +127,7 @@ begin
     from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
    where m.ctid = n.tid
      and m.state = 'd' and (m.read_ct >= v_queue.max_attempts) is not true;
+  perform nightowls._announce(_promote.org, v_queue.queue_id, cardinality(v_tids));
   if v_other then
     for v_row in
       select m.msg_id, m.state, m.group_key
@@ -406,6 +408,60 @@ comment on function nightowls.read(text, int, int, uuid) is
 
 revoke all on function nightowls.read(text, int, int, uuid) from public;
 
+-- How many milliseconds a reader that has found nothing may sleep: until the first message that is put off or leased is there again, as far
+-- as a short look tells, and not more than a second, as nobody says when a lease ends that was taken meanwhile.
+-- Definer: the tables are closed.
+create function nightowls._read_nap(org uuid, queue_id int)
+  returns int
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_now  timestamptz := clock_timestamp();
+  v_next timestamptz;
+begin
+  v_next := least(
+    (select d.due_at
+       from nightowls.queue_messages d
+      where d.org_id = _read_nap.org and d.queue_id = _read_nap.queue_id and d.state in ('d', 's', 'x')
+        and d.due_at >= coalesce((
+              select x.mark
+                from nightowls.queue_due_marks x
+               where x.org_id = _read_nap.org and x.queue_id = _read_nap.queue_id
+               order by x.mark desc
+               limit 1), '-infinity')
+      order by d.due_at
+      limit 1),
+    (select min(l.lease_until)
+       from (select m.lease_until
+               from nightowls.queue_messages m
+              where m.org_id = _read_nap.org and m.queue_id = _read_nap.queue_id and m.state = 'r' and m.priority = 0
+                and m.line_no >= coalesce((
+                      select k.mark
+                        from nightowls.queue_marks k
+                       where k.org_id = _read_nap.org and k.queue_id = _read_nap.queue_id and k.priority = 0
+                       order by k.mark desc
+                       limit 1), 0)
+              order by m.line_no
+              limit 20) l
+      where l.lease_until > v_now),
+    v_now + interval '1 second');
+  -- What is due and yet was not found has been claimed by somebody who has not committed, or waits for a lock.
+  return greatest(ceil(extract(epoch from v_next - v_now) * 1000)::int, 20);
+end;
+$$;
+
+revoke all on function nightowls._read_nap(uuid, int) from public;
+
 create function nightowls.read_with_poll(
   queue    text,
   vt       int default null,
@@ -422,28 +478,47 @@ as $$
 #variable_conflict use_column
 declare
   v_org   uuid := nightowls.current_org(read_with_poll.org);
+  v_queue int := (nightowls._queue(v_org, read_with_poll.queue)).queue_id;
+  v_key   text := 'queue/' || v_queue;
   v_until timestamptz := clock_timestamp() + read_with_poll.max_wait;
-  v_pause float8 := 0.005;
+  v_seen  bigint := nightowls._wake_count(v_key);
+  v_nth   int := 0;
+  v_found bigint;
 begin
   if read_with_poll.max_wait is null then
     raise exception 'max_wait must not be null' using errcode = 'null_value_not_allowed';
   elsif read_with_poll.max_wait < interval '0' then
     raise exception 'max_wait must be 0 or more' using errcode = 'invalid_parameter_value';
+  elsif read_with_poll.max_wait > interval '0' and current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    raise exception 'nobody can wait for messages at isolation level %', current_setting('transaction_isolation')
+      using errcode = 'active_sql_transaction', detail = 'Its snapshot never shows what is sent meanwhile.',
+            hint = 'Use read committed, or a max_wait of 0.';
   end if;
   loop
     return query
       select r.* from nightowls.read(read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, v_org) r;
-    exit when found or clock_timestamp() >= v_until;
-    perform pg_sleep(least(v_pause, extract(epoch from v_until - clock_timestamp())));
-    v_pause := least(v_pause * 1.5, 0.25);
+    get diagnostics v_found = row_count;
+    if v_found > 0 then
+      -- Rolled back, what it has taken is there for the next.
+      perform nightowls._wake_undone(v_key, v_found::int);
+      return;
+    end if;
+    exit when clock_timestamp() >= v_until or read_with_poll.qty = 0;
+    v_seen := nightowls._nap(
+      v_key, v_seen, v_nth,
+      least(nightowls._read_nap(v_org, v_queue), least(extract(epoch from v_until - clock_timestamp()), 1) * 1000 + 1)::int);
+    v_nth := v_nth + 1;
   end loop;
 end;
 $$;
 
 comment on function nightowls.read_with_poll(text, int, int, interval, uuid) is
-  'As read, but waits up to max_wait for a message if there is none. It looks again after pauses that grow from 5 to 250 milliseconds, and '
-  'keeps its snapshot while it waits: for long waits call it again rather than wait longer. queue, vt, qty and org as in read. Raises '
-  'NW007 if the queue does not exist, NW010 if there is no org, 22004 or 22023 for an argument that is null or negative.';
+  'As read, but waits up to max_wait for a message if there is none. With the library it sleeps until a message is sent, comes back or is '
+  'due: a send wakes as many waiters as it sends messages, when it has committed; the end of a lease that was taken meanwhile is seen within a '
+  'second. Without the library, or where it cannot wake (docs/queue.md), it looks again after pauses of 5 to 50, later up to 250 milliseconds. '
+  'It needs a connection and keeps its snapshot while it waits: for long waits call it again rather than wait longer. It can be '
+  'cancelled. queue, vt, qty and org as in read. Raises NW007 if the queue does not exist, 25001 above read committed, NW010 if there is no org, '
+  '22004 or 22023 for an argument that is null or negative.';
 
 revoke all on function nightowls.read_with_poll(text, int, int, interval, uuid) from public;
 

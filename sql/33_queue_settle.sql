@@ -448,6 +448,7 @@ begin
     update nightowls.queue_messages m
        set lease_until = null, receipt = null, last_error = coalesce(_nack.error, m.last_error)
      where m.org_id = _nack.org and m.queue_id = v_queue.queue_id and m.msg_id = _nack.msg_id;
+    perform nightowls._announce(_nack.org, v_queue.queue_id, 1);
     return true;
   end if;
   perform nightowls._hold_line(_nack.org, nightowls._last_line());
@@ -456,6 +457,7 @@ begin
          due_at = clock_timestamp() + v_pause, lease_until = null, receipt = null, last_error = coalesce(_nack.error, m.last_error)
     from (select nextval('nightowls.queue_line_no') as line_no offset 0) n
    where m.org_id = _nack.org and m.queue_id = v_queue.queue_id and m.msg_id = _nack.msg_id;
+  perform nightowls._announce(_nack.org, v_queue.queue_id, 1);
   return true;
 end;
 $$;
@@ -686,6 +688,7 @@ begin
             offset 0) n
      where m.org_id = _set_vt.org and m.queue_id = v_queue.queue_id and m.msg_id = _set_vt.msg_id;
   end if;
+  perform nightowls._announce(_set_vt.org, v_queue.queue_id, 1);
   return query
     select m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, coalesce(m.lease_until, m.due_at), m.message, m.headers, m.receipt
       from nightowls.queue_messages m

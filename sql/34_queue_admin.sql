@@ -52,9 +52,10 @@ begin
   elsif octet_length(v_name) > 63 then
     raise exception 'the name of a queue is too long' using errcode = 'program_limit_exceeded', detail = 'It has at most 63 bytes.';
   elsif row ((_create_queue.queue).vt, (_create_queue.queue).backoff, (_create_queue.queue).max_backoff,
-             (_create_queue.queue).on_other_body, (_create_queue.queue).archive_acked, (_create_queue.queue).retention)
+             (_create_queue.queue).on_other_body, (_create_queue.queue).archive_acked, (_create_queue.queue).retention,
+             (_create_queue.queue).notify)
         is not null is not true then
-    raise exception 'vt, backoff, max_backoff, on_other_body, archive_acked and retention must not be null'
+    raise exception 'vt, backoff, max_backoff, on_other_body, archive_acked, retention and notify must not be null'
       using errcode = 'null_value_not_allowed';
   end if;
   _create_queue.queue.name := v_name;
@@ -64,9 +65,10 @@ begin
   perform nightowls._refuse_no_org((_create_queue.queue).org_id);
 
   insert into nightowls.queues
-         (org_id, name, vt, max_attempts, dead_letter_queue, backoff, max_backoff, dedup_for, on_other_body, archive_acked, retention)
+         (org_id, name, vt, max_attempts, dead_letter_queue, backoff, max_backoff, dedup_for, on_other_body, archive_acked, retention,
+          notify)
   select q.org_id, q.name, q.vt, q.max_attempts, q.dead_letter_queue, q.backoff, q.max_backoff, q.dedup_for, q.on_other_body,
-         q.archive_acked, q.retention
+         q.archive_acked, q.retention, q.notify
     from (select (_create_queue.queue).*) q
   on conflict (org_id, name) do nothing;
   if not found then
@@ -93,6 +95,7 @@ create function nightowls.create_queue(
   on_other_body     text default 'raise',
   archive_acked     boolean default false,
   retention         interval default '30 days',
+  notify            boolean default false,
   org               uuid default null
 )
   returns void
@@ -116,21 +119,23 @@ begin
   v_queue.on_other_body := create_queue.on_other_body;
   v_queue.archive_acked := create_queue.archive_acked;
   v_queue.retention := create_queue.retention;
+  v_queue.notify := create_queue.notify;
   perform nightowls._create_queue(v_queue);
 end;
 $$;
 
-comment on function nightowls.create_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, uuid) is
+comment on function nightowls.create_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, boolean, uuid) is
   'Makes a queue; again with the same policies it changes nothing. It runs no DDL. name: at most 63 bytes; ASCII letters count in lower case, '
   'so CaseQ and caseq are one queue; vt: seconds for which a reader that names none has a message; max_attempts: deliveries before a message is '
   'a dead letter, 0 without limit; dead_letter_queue: an existing queue they are moved to, by default they stay in this one, unread, until '
   'redrive; backoff, max_backoff: the pause after a failure, doubled each time, and its limit; dedup_for: how long dedup keys count, by '
   'default until the message is done; on_other_body: raise (NW002) or report (a warning) when a key comes again with another message; '
-  'archive_acked: whether ack archives; retention: how long purge_archive keeps; org: the tenant. Raises 42710 if it exists with other '
+  'archive_acked: whether ack archives; retention: how long purge_archive keeps; notify: whether who listens on channel nightowls_queues '
+  'gets "<org>:<queue>" once for each transaction that brings messages, after its commit (it cannot be prepared then); org: the tenant. Raises 42710 if it exists with other '
   'policies, NW007 if dead_letter_queue does not exist, NW010 if there is no org, 22004 or 22023 for an argument that is null or not valid, '
   '54000 if the name is too long.';
 
-revoke all on function nightowls.create_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, uuid)
+revoke all on function nightowls.create_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, boolean, uuid)
   from public;
 
 -- Definer: nobody else may write to the queue's tables.
@@ -150,8 +155,10 @@ begin
          dead_letter_queue = (_alter_queue.queue).dead_letter_queue, backoff = (_alter_queue.queue).backoff,
          max_backoff = (_alter_queue.queue).max_backoff, dedup_for = (_alter_queue.queue).dedup_for,
          on_other_body = (_alter_queue.queue).on_other_body, archive_acked = (_alter_queue.queue).archive_acked,
-         retention = (_alter_queue.queue).retention, paused_at = (_alter_queue.queue).paused_at
+         retention = (_alter_queue.queue).retention, paused_at = (_alter_queue.queue).paused_at, notify = (_alter_queue.queue).notify
    where q.org_id = (_alter_queue.queue).org_id and q.queue_id = (_alter_queue.queue).queue_id;
+  -- What was paused can be read again, say.
+  perform nightowls._announce((_alter_queue.queue).org_id, (_alter_queue.queue).queue_id, 2147483647);
 end;
 $$;
 
@@ -168,6 +175,7 @@ create function nightowls.alter_queue(
   on_other_body     text default null,
   archive_acked     boolean default null,
   retention         interval default null,
+  notify            boolean default null,
   org               uuid default null
 )
   returns void
@@ -189,17 +197,18 @@ begin
   v_queue.on_other_body := coalesce(alter_queue.on_other_body, v_queue.on_other_body);
   v_queue.archive_acked := coalesce(alter_queue.archive_acked, v_queue.archive_acked);
   v_queue.retention := coalesce(alter_queue.retention, v_queue.retention);
+  v_queue.notify := coalesce(alter_queue.notify, v_queue.notify);
   perform nightowls._alter_queue(v_queue);
 end;
 $$;
 
-comment on function nightowls.alter_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, uuid) is
+comment on function nightowls.alter_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, boolean, uuid) is
   'Changes policies of a queue: those that are given, the others stay. The arguments are those of create_queue; max_attempts 0: without '
   'limit; dead_letter_queue '''': dead letters stay in the queue; dedup_for 0: until the message is done. What is in the queue stays there. '
   'Waits for another change of the same queue. Raises NW007 if the queue or the dead letter queue does not exist, NW010 if there is no org, '
   '22023 for an argument that is not valid.';
 
-revoke all on function nightowls.alter_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, uuid)
+revoke all on function nightowls.alter_queue(text, int, int, text, interval, interval, interval, text, boolean, interval, boolean, uuid)
   from public;
 
 create function nightowls.pause_queue(queue text, org uuid default null)
@@ -393,6 +402,8 @@ begin
    where m.org_id = (_revive.message).org_id and m.queue_id = (_revive.message).queue_id and m.msg_id = (_revive.message).msg_id;
   if v_group is not null then
     perform nightowls._go_on((_revive.message).org_id, v_to, v_group);
+  else
+    perform nightowls._announce((_revive.message).org_id, v_to, 1);
   end if;
   return true;
 end;

@@ -55,6 +55,17 @@ as 'MODULE_PATHNAME', 'wake_wrapper';
 
 revoke all on function nightowls._wake(text, int) from public;
 
+-- As _wake, but when this transaction, or the subtransaction that it is called in, is rolled back, and only then: what was taken is free
+-- again. Always true.
+create function nightowls._wake_undone(key text, waiters int default 2147483647)
+  returns boolean
+  language c
+  volatile
+  parallel unsafe
+as 'MODULE_PATHNAME', 'wake_undone_wrapper';
+
+revoke all on function nightowls._wake_undone(text, int) from public;
+
 -- Wakes who naps for 'events/<class>', a class of holds (256: all of them), when this transaction has ended, however it does:
 -- then its hold lets readers go on. Always true.
 create function nightowls._wake_readers(class int)

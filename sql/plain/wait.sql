@@ -57,6 +57,15 @@ create function nightowls._wake(key text, waiters int default 2147483647)
 
 revoke all on function nightowls._wake(text, int) from public;
 
+create function nightowls._wake_undone(key text, waiters int default 2147483647)
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return true;
+
+revoke all on function nightowls._wake_undone(text, int) from public;
+
 create function nightowls._wake_readers(class int)
   returns boolean
   language sql

@@ -20,6 +20,8 @@ thread_local! {
     static PENDING: Pending = const { Pending::new() };
     /// Which readers of the log it holds up: they are woken however it ends.
     static HELD_UP: Pending = const { Pending::new() };
+    /// Whom it will wake if it, or a part of it, is rolled back.
+    static UNDONE: Pending = const { Pending::new() };
     /// Whether Postgres knows what to call when a transaction ends.
     static TELLS_AT_COMMIT: Cell<bool> = const { Cell::new(false) };
     /// Whether Postgres knows what to call when this backend ends.
@@ -59,6 +61,25 @@ fn wake(fcinfo: pg_sys::FunctionCallInfo) -> bool {
         if let (Some(_), Some(key)) = (board(), key(fcinfo)) {
             tell_at_end();
             PENDING.with(|pending| pending.remember(key, limit.max(0).unsigned_abs()));
+        }
+    }
+    true
+}
+
+/// Remembers to wake those who sleep for a key if this transaction is rolled back,
+/// or a subtransaction of it: what it took is free again then.
+///
+/// # Errors
+///
+/// As [`wake`].
+#[pg_extern(sql = false)]
+fn wake_undone(fcinfo: pg_sys::FunctionCallInfo) -> bool {
+    // SAFETY: declared as _wake_undone(text, integer).
+    unsafe {
+        let limit = pg_getarg_datum(fcinfo, 1).map_or(i32::MAX, |limit| limit.value() as i32);
+        if let (Some(_), Some(key)) = (board(), key(fcinfo)) {
+            tell_at_end();
+            UNDONE.with(|pending| pending.remember(key, limit.max(0).unsigned_abs()));
         }
     }
     true
@@ -113,22 +134,25 @@ unsafe extern "C-unwind" fn tell(
         Wake::Key(readers, _) => board.wake_readers(readers, rouse),
         Wake::All => board.wake_all(rouse),
     };
+    let wake = |wake| match wake {
+        Wake::Key(key, limit) => board.wake(key, limit, rouse),
+        Wake::All => board.wake_all(rouse),
+    };
     if !is_top_level {
         if !is_commit {
             HELD_UP.with(|pending| pending.repeat(hold));
+            UNDONE.with(|pending| pending.repeat(wake));
         }
         return;
     }
     HELD_UP.with(|pending| pending.deliver(hold));
-    PENDING.with(|pending| {
-        if !is_commit {
-            pending.forget();
-        }
-        pending.deliver(|wake| match wake {
-            Wake::Key(key, limit) => board.wake(key, limit, rouse),
-            Wake::All => board.wake_all(rouse),
-        });
-    });
+    let (due, not_due) = if is_commit {
+        (&PENDING, &UNDONE)
+    } else {
+        (&UNDONE, &PENDING)
+    };
+    not_due.with(Pending::forget);
+    due.with(|pending| pending.deliver(wake));
 }
 
 /// Ends a sleep. Its owner may be gone: then whoever has the latch now looks once
