@@ -176,6 +176,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "floor_tickets select",
                 "floors select",
                 "imports select",
+                "once_keys select",
                 "org_members delete insert select update",
                 "orgs delete insert select update",
                 "parked_events select",
@@ -184,6 +185,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "projections select",
                 "published_changes select",
                 "queue_archive select",
+                "queue_bindings select",
                 "queue_dedup select",
                 "queue_due_marks select",
                 "queue_marks select",
@@ -193,6 +195,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "settings delete insert select update",
                 "snapshots select",
                 "streams select",
+                "topic_bindings select",
             ]
         );
         let columns = lines(
@@ -488,6 +491,11 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.assert_floor('c', fence) from nightowls.floors",
     ),
     ("await_floor", "select nightowls.await_floor('c', 'a', 1)"),
+    (
+        "bind",
+        "select nightowls.bind('jobs', '{\"event_types\": [\"noted\"]}')",
+    ),
+    ("bind_topic", "select nightowls.bind_topic('a.*', 'jobs')"),
     ("check_reducer", "select nightowls.check_reducer('{}')"),
     (
         "commit_offset",
@@ -556,6 +564,7 @@ const CALLS: &[(&str, &str)] = &[
     ),
     ("last_event", "select nightowls.last_event('order', 'a')"),
     ("leave_floor", "select nightowls.leave_floor('c', 'a', 1)"),
+    ("list_bindings", "select nightowls.list_bindings()"),
     ("list_queues", "select nightowls.list_queues()"),
     (
         "nack",
@@ -565,6 +574,7 @@ const CALLS: &[(&str, &str)] = &[
         "nack_many",
         "select nightowls.nack_many('jobs', '{6}', array['00000000-0000-4000-8000-000000000000']::uuid[])",
     ),
+    ("once", "select nightowls.once('mail', '1')"),
     (
         "park_event",
         "select nightowls.seek('c', 0); select nightowls.park_event('c', min(position), 'x', max(fence)) from nightowls.fetch_events('c')",
@@ -572,6 +582,10 @@ const CALLS: &[(&str, &str)] = &[
     ("pause_queue", "select nightowls.pause_queue('jobs')"),
     ("pop", "select nightowls.pop('jobs')"),
     ("pop_queue", "select nightowls.pop_queue('jobs')"),
+    (
+        "process",
+        "select nightowls.process('jobs', 'public.handle', 9)",
+    ),
     ("purge_archive", "select nightowls.purge_archive('jobs')"),
     ("purge_queue", "select nightowls.purge_queue('jobs')"),
     ("read", "select nightowls.read('jobs')"),
@@ -603,6 +617,7 @@ const CALLS: &[(&str, &str)] = &[
         "renew_lease",
         "select nightowls.seek('c', 0); select nightowls.renew_lease('c', max(fence)) from nightowls.fetch_events('c')",
     ),
+    ("replay", "select nightowls.replay('jobs')"),
     ("replay_parked", "select nightowls.replay_parked('c')"),
     ("request_floor", "select nightowls.request_floor('c', 'a')"),
     (
@@ -619,6 +634,7 @@ const CALLS: &[(&str, &str)] = &[
         "send_batch",
         "select nightowls.send_batch('jobs', array['1', '2']::jsonb[], dedup_keys => '{a,b}', group_keys => '{c,d}')",
     ),
+    ("send_topic", "select nightowls.send_topic('a.b', '1')"),
     (
         "set_compaction",
         "select nightowls.set_compaction('order', mode => 'delete')",
@@ -637,6 +653,11 @@ const CALLS: &[(&str, &str)] = &[
     (
         "state_at_time",
         "select nightowls.state_at_time('tally', 'a', 'now')",
+    ),
+    ("unbind", "select nightowls.unbind('jobs')"),
+    (
+        "unbind_topic",
+        "select nightowls.unbind_topic('a.*', 'jobs')",
     ),
     (
         "verify_projection",
@@ -658,6 +679,7 @@ fn nothing_that_the_service_may_call_runs_ddl() {
                create function public.see(event nightowls.events) returns void language sql
                begin atomic insert into public.seen values ((event).version); end;
                select nightowls.create_table_projection('seen', 'order', 'public.seen', 'public.see');
+               create function public.handle(message nightowls.queue_message) returns void language sql return null;
                select nightowls.create_queue('jobs'); select nightowls.send('jobs', to_jsonb(i)) from generate_series(1, 9) i"#
         ));
         db.superuser().exec(

@@ -126,6 +126,18 @@ fn whatever_makes_a_message_ready_wakes_a_reader() {
             |s| s.exec("select nightowls.pause_queue('jobs'); select nightowls.send('jobs', '1')"),
             "select nightowls.resume_queue('jobs')",
         ),
+        (
+            "replay",
+            "jobs",
+            |s| s.exec("select nightowls.archive('jobs', nightowls.send('jobs', '1'))"),
+            "select nightowls.replay('jobs')",
+        ),
+        (
+            "an event that is routed",
+            "jobs",
+            |s| s.exec("select nightowls.bind('jobs')"),
+            "select nightowls.append_event('order', 'a', 'placed')",
+        ),
     ];
     on_each_server(|db| {
         let mut service = jobs(db);

@@ -39,22 +39,23 @@ comment on column nightowls.events.event_id is
   'The caller''s idempotency key, unique within the org; event_id_for() makes one from a foreign id.';
 comment on column nightowls.events.created_at is 'The clock at insert; not always rising with position.';
 
--- Which projections an append of an aggregate type must keep. The one table every append looks into.
+-- What an append of an aggregate type sets off. The one table every append looks into.
 create table nightowls.routes (
   org_id         uuid not null,
   aggregate_type text collate "C" not null,
   kind           text collate "C" not null,
   name           text collate "C" not null,
   constraint routes_pkey primary key (org_id, aggregate_type, kind, name),
-  constraint routes_kind_check check (kind in ('reducer', 'handler'))
+  constraint routes_kind_check check (kind in ('reducer', 'handler', 'queue'))
 );
 
 comment on table nightowls.routes is
-  'What an append sets off: one row for each projection of an aggregate type. Kept by the functions that make projections.';
+  'What an append sets off: one row for each projection of an aggregate type, and for each queue that is bound to it. Kept by the functions that '
+  'make projections and bindings.';
 comment on column nightowls.routes.org_id is 'The tenant.';
-comment on column nightowls.routes.aggregate_type is 'The aggregate type whose events go there.';
-comment on column nightowls.routes.kind is 'reducer: folded by the owner; handler: the user''s function, run as the one who appends.';
-comment on column nightowls.routes.name is 'The projection.';
+comment on column nightowls.routes.aggregate_type is 'The aggregate type whose events go there; empty: all types.';
+comment on column nightowls.routes.kind is 'reducer: folded by the owner; handler: the user''s function, run as the one who appends; queue: sent as messages.';
+comment on column nightowls.routes.name is 'The projection, or the queue.';
 
 -- A restoring session is known by row_security = off, which every dump sets, and the table owner's rights.
 create function nightowls._is_restoring()
@@ -677,11 +678,17 @@ $$;
 
 revoke all on function nightowls._refuse_older_snapshot(uuid) from public;
 
--- What follows an append, for the events of one org: keeps reducer projections, and returns whether handlers wait, which
--- the caller must call as itself. versions: the newest of each aggregate, null where the caller does not know it. A function of
--- its own, so that it can be called where triggers cannot run.
+-- What follows an append, for the events of one org: keeps reducer projections, sends to queues, and returns whether handlers wait, which
+-- the caller must call as itself. versions: the newest of each aggregate, null where the caller does not know it; positions: the events,
+-- null if queues are not to get them. A function of its own, so that it can be called where triggers cannot run.
 -- Definer: routes and states are closed to those who append.
-create function nightowls._after_append(org uuid, aggregate_types text[], aggregate_ids text[], versions bigint[])
+create function nightowls._after_append(
+  org             uuid,
+  aggregate_types text[],
+  aggregate_ids   text[],
+  versions        bigint[],
+  positions       bigint[]
+)
   returns boolean
   language plpgsql
   volatile
@@ -697,13 +704,14 @@ as $$
 declare
   v_reduced boolean;
   v_handled boolean;
+  v_queued  boolean;
 begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     perform nightowls._refuse_older_snapshot(_after_append.org);
   end if;
-  select bool_or(r.kind = 'reducer'), bool_or(r.kind = 'handler')
-    into v_reduced, v_handled
-    from unnest(_after_append.aggregate_types) as t (aggregate_type)
+  select bool_or(r.kind = 'reducer'), bool_or(r.kind = 'handler'), bool_or(r.kind = 'queue')
+    into v_reduced, v_handled, v_queued
+    from unnest(array_append(_after_append.aggregate_types, '')) as t (aggregate_type)
    cross join lateral (
            select x.kind
              from nightowls.routes x
@@ -716,11 +724,14 @@ begin
     perform nightowls._project(
       _after_append.org, _after_append.aggregate_types, _after_append.aggregate_ids, _after_append.versions);
   end if;
+  if v_queued and _after_append.positions is not null then
+    perform nightowls._route_events(_after_append.org, _after_append.aggregate_types, _after_append.positions);
+  end if;
   return v_handled;
 end;
 $$;
 
-revoke all on function nightowls._after_append(uuid, text[], text[], bigint[]) from public;
+revoke all on function nightowls._after_append(uuid, text[], text[], bigint[], bigint[]) from public;
 
 -- After a direct insert. Invoker: handlers are user code and run as the one who appends. No search_path, as in _before_insert.
 create function nightowls._after_insert()
@@ -753,7 +764,7 @@ begin
      where n.org_id operator(pg_catalog.=) v_org;
     perform nightowls._check_append(v_org, v_rows.types, v_rows.ids, v_rows.versions, v_rows.positions, v_rows.kinds,
                                     v_rows.event_ids, v_rows.fault);
-    if nightowls._after_append(v_org, v_rows.types, v_rows.ids, v_rows.versions) then
+    if nightowls._after_append(v_org, v_rows.types, v_rows.ids, v_rows.versions, v_rows.positions) then
       perform nightowls._call_handlers(v_org, v_rows.types, v_rows.positions);
     end if;
   end loop;

@@ -276,11 +276,9 @@ begin
         or _append_one.expected_version = -1 and h.version > 0
     on conflict do nothing
     returning e.org_id, e."position", e.version,
-              (select r.kind
+              (select string_agg(r.kind, ',')
                  from nightowls.routes r
-                where r.org_id = e.org_id and r.aggregate_type = e.aggregate_type
-                order by r.kind
-                limit 1)
+                where r.org_id = e.org_id and r.aggregate_type in ('', e.aggregate_type))
          into v_org, v_position, v_version, v_follows;
     if v_version > 1 and v_follows is null and current_setting('transaction_isolation') = 'read committed' then
       return (v_position, v_version)::nightowls.append_result;
@@ -311,10 +309,13 @@ begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     perform nightowls._refuse_older_snapshot(v_org);
   end if;
-  if v_follows is not null then
+  if v_follows like '%reducer%' then
     perform nightowls._project_one(v_org, _append_one.aggregate_type, _append_one.aggregate_id, v_version);
   end if;
-  if v_follows = 'handler' then
+  if v_follows like '%queue%' then
+    perform nightowls._route_events(v_org, array[_append_one.aggregate_type], array[v_position]);
+  end if;
+  if v_follows like '%handler%' then
     perform set_config('nightowls.handle', json_build_array(v_org, _append_one.aggregate_type, v_position, v_version)::text, true);
     return null;
   end if;
@@ -580,7 +581,7 @@ begin
     end;
   end loop;
 
-  handled := nightowls._after_append(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids, null);
+  handled := nightowls._after_append(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids, null, positions);
 end;
 $$;
 
@@ -721,7 +722,8 @@ begin
   exception when unique_violation or not_null_violation then
     return;
   end;
-  handled := nightowls._after_append(_append_list.org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null);
+  handled := nightowls._after_append(
+    _append_list.org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null, positions);
 end;
 $$;
 

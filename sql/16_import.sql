@@ -449,7 +449,8 @@ begin
 
   v_done := nightowls._import_rows(
     v_org, v_rows.types, v_rows.ids, v_rows.kinds, v_rows.payloads, v_rows.metadatas, v_ids, v_rows.times);
-  if v_done.positions <> '{}' and nightowls._after_append(v_org, v_done.agg_types, v_done.agg_ids, null) then
+  -- What happened elsewhere is not sent to queues.
+  if v_done.positions <> '{}' and nightowls._after_append(v_org, v_done.agg_types, v_done.agg_ids, null, null) then
     perform nightowls._call_handlers(v_org, v_done.agg_types, v_done.positions);
   end if;
   imported := cardinality(v_done.positions);

@@ -296,7 +296,8 @@ begin
         where c.org_id = _forget_projection.org and c.name = 'projection:' || _forget_projection.name) then
     perform nightowls._drop_consumer(_forget_projection.org, 'projection:' || _forget_projection.name);
   end if;
-  delete from nightowls.routes r where r.org_id = _forget_projection.org and r.name = _forget_projection.name;
+  delete from nightowls.routes r
+   where r.org_id = _forget_projection.org and r.name = _forget_projection.name and r.kind <> 'queue';
   delete from nightowls.projections p where p.org_id = _forget_projection.org and p.name = _forget_projection.name;
   perform nightowls._open_door('project');
   delete from nightowls._projection_states s

@@ -104,7 +104,7 @@ comment on column nightowls.queue_messages.receipt is 'What its reader shows to 
 comment on column nightowls.queue_messages.group_key is 'Messages of one group are delivered in order, one at a time.';
 comment on column nightowls.queue_messages.dedup_key is 'The key it was sent with.';
 comment on column nightowls.queue_messages.last_error is 'What nack said last.';
-comment on column nightowls.queue_messages.source is 'Of a dead letter that was moved here: where it came from.';
+comment on column nightowls.queue_messages.source is 'Of a dead letter that was moved here: where it came from; replay: of one that was sent again.';
 comment on column nightowls.queue_messages.headers is 'What the sender says about the message.';
 comment on column nightowls.queue_messages.message is 'The message, any JSON of at most 100 levels and 16 MB.';
 
@@ -196,7 +196,7 @@ comment on column nightowls.queue_archive.archived_at is 'When it was archived.'
 comment on column nightowls.queue_archive.group_key is 'Its group.';
 comment on column nightowls.queue_archive.dedup_key is 'The key it was sent with.';
 comment on column nightowls.queue_archive.last_error is 'What nack said last.';
-comment on column nightowls.queue_archive.source is 'Of a dead letter: where it came from.';
+comment on column nightowls.queue_archive.source is 'Of a dead letter: where it came from; replay: of one that was sent again.';
 comment on column nightowls.queue_archive.headers is 'What the sender said about the message.';
 comment on column nightowls.queue_archive.message is 'The message.';
 

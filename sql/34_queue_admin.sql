@@ -307,6 +307,7 @@ begin
         using errcode = 'dependent_objects_still_exist',
               hint = 'Give that queue another one with nightowls.alter_queue(), or drop it first.';
     end if;
+    perform nightowls._forget_bindings(v_queue);
     delete from nightowls.queues q where q.org_id = _purge_queue.org and q.queue_id = v_queue.queue_id;
     delete from nightowls.queue_archive a where a.org_id = _purge_queue.org and a.queue_id = v_queue.queue_id;
     delete from nightowls.queue_marks k where k.org_id = _purge_queue.org and k.queue_id = v_queue.queue_id;
@@ -442,7 +443,7 @@ begin
                 and d.due_at = 'infinity' and d.state = 'x') || array(
              select d.ctid
                from nightowls.queue_messages d
-              where d.org_id = _redrive.org and d.source is not null and d.state in ('r', 'd', 'x')
+              where d.org_id = _redrive.org and d.source -> 'msg_id' is not null and d.state in ('r', 'd', 'x')
                 and (d.queue_id = v_queue.queue_id
                      or d.queue_id = (select q.queue_id from nightowls.queues q
                                        where q.org_id = _redrive.org and q.name = v_queue.dead_letter_queue)

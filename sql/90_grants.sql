@@ -28,7 +28,7 @@ begin
   execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
                  'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
   execute format('grant select on nightowls.queues, nightowls.queue_messages, nightowls.queue_marks, nightowls.queue_due_marks, '
-                 'nightowls.queue_dedup, nightowls.queue_archive to %I', grant_service.role);
+                 'nightowls.queue_dedup, nightowls.queue_archive, nightowls.queue_bindings, nightowls.topic_bindings, nightowls.once_keys to %I', grant_service.role);
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
     execute format('grant select on %s to %I', v_view, grant_service.role);
   end loop;

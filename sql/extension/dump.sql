@@ -31,4 +31,7 @@ select pg_catalog.pg_extension_config_dump('nightowls.queue_marks', '');
 select pg_catalog.pg_extension_config_dump('nightowls.queue_due_marks', '');
 select pg_catalog.pg_extension_config_dump('nightowls.queue_dedup', '');
 select pg_catalog.pg_extension_config_dump('nightowls.queue_archive', '');
+select pg_catalog.pg_extension_config_dump('nightowls.queue_bindings', '');
+select pg_catalog.pg_extension_config_dump('nightowls.topic_bindings', '');
+select pg_catalog.pg_extension_config_dump('nightowls.once_keys', '');
 select pg_catalog.pg_extension_config_dump('nightowls.streams', '');
