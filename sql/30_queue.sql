@@ -477,7 +477,8 @@ revoke all on function nightowls._use_priority(uuid, int, int) from public;
 
 -- Moves the mark of a priority up to the first message that is still there, in the reader's own transaction: rolled back,
 -- it goes with the acks it relied on. Messages that a slow worker has had for five seconds leave the line first, so that
--- neither mark nor readers stick behind them; they keep their receipts.
+-- neither mark nor readers stick behind them; they keep their receipts. It looks at one message, or, where that one is slow, at the
+-- thousand that follow: never at the whole line.
 create function nightowls._move_mark(org uuid, queue_id int, priority int)
   returns void
   language plpgsql
@@ -494,7 +495,7 @@ as $$
 declare
   v_mark  bigint;
   v_safe  bigint;
-  v_first bigint;
+  v_first record;
   v_tids  tid[];
 begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
@@ -508,33 +509,45 @@ begin
      order by k.mark desc
      limit 1), 0);
 
-  v_tids := array(
-    select m.ctid
+  loop
+    -- Each in a statement of its own: what is safe, then what is there.
+    v_safe := (nightowls._safe_line(_move_mark.org)).safe;
+    select m.line_no,
+           m.lease_until > clock_timestamp() and m.last_read_at < clock_timestamp() - interval '5 seconds' as slow
+      into v_first
       from nightowls.queue_messages m
      where m.org_id = _move_mark.org and m.queue_id = _move_mark.queue_id and m.priority = _move_mark.priority
        and m.state = 'r' and m.line_no >= v_mark
-       and m.lease_until > clock_timestamp() and m.last_read_at < clock_timestamp() - interval '5 seconds'
      order by m.line_no
-     limit 1000
-       for update skip locked);
-  if v_tids <> '{}' and nightowls._hold_line(_move_mark.org, nightowls._last_line()) then
-    update nightowls.queue_messages m
-       set state = 'd', due_at = m.lease_until, line_no = n.line_no
-      from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
-     where m.ctid = n.tid and m.lease_until > clock_timestamp();
-  end if;
+     limit 1;
+    exit when v_first.slow is not true or v_tids is not null;
+    v_tids := array(
+      select m.ctid
+        from nightowls.queue_messages m
+       where m.org_id = _move_mark.org and m.queue_id = _move_mark.queue_id and m.priority = _move_mark.priority
+         and m.state = 'r' and m.line_no >= v_first.line_no
+         and m.line_no < coalesce((
+               select o.line_no
+                 from nightowls.queue_messages o
+                where o.org_id = _move_mark.org and o.queue_id = _move_mark.queue_id and o.priority = _move_mark.priority
+                  and o.state = 'r' and o.line_no >= v_first.line_no
+                order by o.line_no
+               offset 1000
+                limit 1), 9223372036854775807)
+         and m.lease_until > clock_timestamp() and m.last_read_at < clock_timestamp() - interval '5 seconds'
+       order by m.line_no
+         for update skip locked);
+    if v_tids <> '{}' and nightowls._hold_line(_move_mark.org, nightowls._last_line()) then
+      update nightowls.queue_messages m
+         set state = 'd', due_at = m.lease_until, line_no = n.line_no
+        from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
+       where m.ctid = n.tid and m.lease_until > clock_timestamp();
+    end if;
+  end loop;
 
-  -- Each in a statement of its own: what is safe, then what is there.
-  v_safe := (nightowls._safe_line(_move_mark.org)).safe;
-  select m.line_no into v_first
-    from nightowls.queue_messages m
-   where m.org_id = _move_mark.org and m.queue_id = _move_mark.queue_id and m.priority = _move_mark.priority
-     and m.state = 'r' and m.line_no >= v_mark
-   order by m.line_no
-   limit 1;
-  if least(v_first, v_safe + 1) > v_mark + 32 then
+  if least(v_first.line_no, v_safe + 1) > v_mark + 16 then
     insert into nightowls.queue_marks (org_id, queue_id, priority, mark)
-    values (_move_mark.org, _move_mark.queue_id, _move_mark.priority, least(v_first, v_safe + 1));
+    values (_move_mark.org, _move_mark.queue_id, _move_mark.priority, least(v_first.line_no, v_safe + 1));
     delete from nightowls.queue_marks k
      where k.ctid = any (array(
              select o.ctid

@@ -22,9 +22,6 @@ declare
 begin
   if _check_send.messages is null then
     raise exception 'messages must not be null' using errcode = 'null_value_not_allowed';
-  elsif array_position(_check_send.messages, null) is not null then
-    raise exception 'a message must not be null'
-      using errcode = 'null_value_not_allowed', hint = 'A JSON null is ''null''::jsonb.';
   elsif _check_send.delay is null or _check_send.priority is null then
     raise exception 'delay and priority must not be null' using errcode = 'null_value_not_allowed';
   elsif _check_send.delay < 0 then
@@ -41,26 +38,43 @@ begin
   elsif exists (select from unnest(_check_send.dedup_keys || _check_send.group_keys) as k (key) where octet_length(k.key) > 255) then
     raise exception 'a dedup_key or group_key is too long'
       using errcode = 'program_limit_exceeded', detail = 'It has at most 255 bytes.';
-  elsif exists (select from unnest(_check_send.headers) as h (headers) where jsonb_typeof(h.headers) <> 'object') then
-    raise exception 'headers must be a JSON object' using errcode = 'invalid_parameter_value';
   elsif _check_send.dedup_for <= interval '0' then
     raise exception 'dedup_for must be more than 0' using errcode = 'invalid_parameter_value';
   end if;
-  -- What is small cannot be too deep: a level takes 8 bytes.
-  if exists (select from unnest(_check_send.messages || _check_send.headers) as u (body)
-              where pg_column_size(u.body) >= 800 and nightowls._is_too_deep(u.body)) then
-    raise exception 'message or headers are nested too deeply'
-      using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
-  elsif exists (select from unnest(_check_send.messages || _check_send.headers) as u (body)
-                 where nightowls._is_too_large(u.body)) then
-    raise exception 'message or headers are too large'
-      using errcode = 'program_limit_exceeded', detail = 'At most 16777216 bytes are kept.',
-            hint = 'Store the large part elsewhere and send a reference to it.';
-  end if;
+  perform nightowls._check_message(u.message, u.headers) from unnest(_check_send.messages, _check_send.headers) as u (message, headers);
 end;
 $$;
 
 revoke all on function nightowls._check_send(jsonb[], int, jsonb[], text[], interval, text[], int) from public;
+
+-- Refuses a message or headers that cannot be sent; else true.
+create function nightowls._check_message(message jsonb, headers jsonb)
+  returns boolean
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if _check_message.message is null then
+    raise exception 'a message must not be null'
+      using errcode = 'null_value_not_allowed', hint = 'A JSON null is ''null''::jsonb.';
+  elsif jsonb_typeof(_check_message.headers) <> 'object' then
+    raise exception 'headers must be a JSON object' using errcode = 'invalid_parameter_value';
+  elsif nightowls._is_too_large(_check_message.message) or nightowls._is_too_large(_check_message.headers) then
+    raise exception 'message or headers are too large'
+      using errcode = 'program_limit_exceeded', detail = 'At most 16777216 bytes are kept.',
+            hint = 'Store the large part elsewhere and send a reference to it.';
+  elsif nightowls._is_too_deep(_check_message.message) or nightowls._is_too_deep(_check_message.headers) then
+    raise exception 'message or headers are nested too deeply'
+      using errcode = 'program_limit_exceeded', detail = 'At most 100 levels of objects and arrays are kept.';
+  end if;
+  return true;
+end;
+$$;
+
+revoke all on function nightowls._check_message(jsonb, jsonb) from public;
 
 -- The ids of messages that were sent before under these keys; null for each that was not, and for those without a key. A known
 -- key with another message is refused or reported. It writes nothing.
@@ -144,16 +158,21 @@ as $$
 declare
   v_next bigint;
 begin
+  -- Asked for by range and in the order of keys, which only the groups' own indexes have: by the primary key it would be a walk
+  -- over the queue, and without statistics that looks as cheap.
   loop
-    exit when exists (
-      select from nightowls.queue_messages m
-       where m.org_id = _advance_group.org and m.queue_id = _advance_group.queue_id and m.group_key = _advance_group.group_key
-         and m.state in ('r', 'd'));
+    exit when (
+      select true
+        from nightowls.queue_messages m
+       where m.org_id = _advance_group.org and m.queue_id = _advance_group.queue_id
+         and m.group_key >= _advance_group.group_key and m.group_key <= _advance_group.group_key and m.state in ('r', 'd')
+       order by m.group_key
+       limit 1);
     select m.msg_id into v_next
       from nightowls.queue_messages m
-     where m.org_id = _advance_group.org and m.queue_id = _advance_group.queue_id and m.group_key = _advance_group.group_key
-       and m.state = 'w'
-     order by m.msg_id
+     where m.org_id = _advance_group.org and m.queue_id = _advance_group.queue_id
+       and m.group_key >= _advance_group.group_key and m.group_key <= _advance_group.group_key and m.state = 'w'
+     order by m.group_key, m.msg_id
      limit 1;
     exit when not found;
     perform nightowls._hold_line(_advance_group.org, nightowls._last_line());
@@ -233,6 +252,37 @@ declare
   v_id     bigint;
   v_same   boolean;
 begin
+  -- What is most usual in one statement, as in _send().
+  if (row (_send_batch.dedup_keys, _send_batch.group_keys, _send_batch.dedup_for) is null
+      and _send_batch.priority = 0 and _send_batch.delay >= 0
+      and (_send_batch.headers is null or cardinality(_send_batch.headers) = cardinality(_send_batch.messages))) is true then
+    with sent as (
+      insert into nightowls.queue_messages (org_id, queue_id, state, msg_id, line_no, due_at, headers, message)
+      select n.org_id, n.queue_id, n.state, n.line_no, n.line_no, n.due_at, n.headers, n.message
+        from (select o.org_id, o.queue_id, o.state, clock_timestamp() + o.pause as due_at,
+                     nextval('nightowls.queue_line_no') as line_no, u.message, u.headers
+                from (select q.org_id, q.queue_id, make_interval(secs => _send_batch.delay) as pause,
+                             case when _send_batch.delay > 0 then 'd' else 'r' end::"char" as state
+                        from (select q.org_id, q.queue_id, q.name, q.notify, nightowls._last_line() as last
+                                from nightowls.queues q
+                               where q.org_id = _send_batch.org and q.name = nightowls._queue_name(_send_batch.name)
+                              offset 0) q
+                       where nightowls._hold_line(q.org_id, q.last)
+                         and nightowls._wake('queue/' || q.queue_id, cardinality(_send_batch.messages))
+                         and (not q.notify or nightowls._notify_queue(q.org_id, q.name))
+                      offset 0) o
+               cross join unnest(_send_batch.messages, _send_batch.headers) as u (message, headers)
+               -- What is small cannot be too deep: a level takes 8 bytes.
+               where (pg_column_size(u.message) < 800 and u.headers is null) is true
+                  or nightowls._check_message(u.message, u.headers)
+              offset 0) n
+      returning msg_id
+    )
+    select array_agg(s.msg_id) into v_ids from sent s;
+    if v_ids is not null then
+      return v_ids;
+    end if;
+  end if;
   perform nightowls._check_send(_send_batch.messages, _send_batch.delay, _send_batch.headers, _send_batch.dedup_keys,
                                 _send_batch.dedup_for, _send_batch.group_keys, _send_batch.priority);
   v_queue := nightowls._queue(_send_batch.org, _send_batch.name);
@@ -265,22 +315,6 @@ begin
 
   -- Numbers of a group are drawn under its lock, so that their order is that of the commits.
   perform nightowls._hold_line(_send_batch.org, nightowls._last_line());
-  if v_known is null and v_groups = '{}' then
-    with sent as (
-      insert into nightowls.queue_messages (org_id, queue_id, priority, state, msg_id, line_no, due_at, headers, message)
-      select _send_batch.org, v_queue.queue_id, _send_batch.priority,
-             case when _send_batch.delay > 0 then 'd' else 'r' end::"char", u.line_no, u.line_no,
-             clock_timestamp() + make_interval(secs => _send_batch.delay), u.headers, u.message
-        from (select n.*, nextval('nightowls.queue_line_no') as line_no
-                from unnest(_send_batch.messages, _send_batch.headers) as n (message, headers)
-              offset 0) u
-      returning msg_id
-    )
-    select array_agg(s.msg_id) into v_ids from sent s;
-    perform nightowls._announce(_send_batch.org, v_queue.queue_id, cardinality(v_ids));
-    return v_ids;
-  end if;
-
   v_ids := array(
     select case when u.known is null then nextval('nightowls.queue_line_no') end
       from unnest(_send_batch.messages, v_known) as u (message, known));

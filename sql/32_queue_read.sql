@@ -97,7 +97,6 @@ declare
   v_mark  timestamptz;
   v_tids  tid[];
   v_ids   bigint[];
-  v_other boolean;
   v_row   record;
 begin
   if random() < 0.125 then
@@ -109,32 +108,35 @@ begin
      where k.org_id = _promote.org and k.queue_id = v_queue.queue_id
      order by k.mark desc
      limit 1), '-infinity');
-  select array_agg(x.tid), array_agg(x.msg_id), bool_or(x.state = 's' or x.read_ct >= v_queue.max_attempts)
-    into v_tids, v_ids, v_other
-    from (select m.ctid as tid, m.msg_id, m.state, m.read_ct
+  -- Most join the line; what is left over is looked at one by one.
+  select array_agg(x.tid) filter (where x.joins), array_agg(x.msg_id order by x.msg_id) filter (where not x.joins)
+    into v_tids, v_ids
+    from (select m.ctid as tid, m.msg_id, m.state = 'd' and (m.read_ct >= v_queue.max_attempts) is not true as joins
             from nightowls.queue_messages m
            where m.org_id = _promote.org and m.queue_id = v_queue.queue_id
              and m.state in ('d', 's', 'x') and m.due_at >= v_mark and m.due_at <= clock_timestamp()
            order by m.due_at
            limit 100
              for update skip locked) x;
-  if v_tids is null then
+  if v_tids is null and v_ids is null then
     return false;
   end if;
   perform nightowls._hold_line(_promote.org, nightowls._last_line());
   update nightowls.queue_messages m
      set state = 'r', line_no = n.line_no, lease_until = null, receipt = null
     from (select t.tid, nextval('nightowls.queue_line_no') as line_no from unnest(v_tids) as t (tid) offset 0) n
-   where m.ctid = n.tid
-     and m.state = 'd' and (m.read_ct >= v_queue.max_attempts) is not true;
+   where m.ctid = n.tid;
   perform nightowls._announce(_promote.org, v_queue.queue_id, cardinality(v_tids));
-  if v_other then
+  if v_ids is not null then
     for v_row in
-      select m.msg_id, m.state, m.group_key
-        from nightowls.queue_messages m
-       where m.org_id = _promote.org and m.queue_id = v_queue.queue_id and m.msg_id = any (v_ids)
-         and m.state in ('d', 's')
-       order by m.msg_id
+      select u.msg_id, m.state, m.group_key
+        from unnest(v_ids) as u (msg_id)
+       cross join lateral (
+               select o.state, o.group_key
+                 from nightowls.queue_messages o
+                where o.org_id = _promote.org and o.queue_id = v_queue.queue_id and o.msg_id = u.msg_id
+               offset 0) m
+       where m.state in ('d', 's')
     loop
       if v_row.state = 'd' then
         perform nightowls._bury(v_queue, v_row.msg_id, 'the lease ran out');
@@ -301,8 +303,95 @@ $$;
 
 revoke all on function nightowls._read_slowly(uuid, text, interval, int) from public;
 
--- One look finds the org, the queue, its mark and the messages to claim, and locks them; a second statement claims them by
--- their places, in this order. Neither can be planned as a walk over the queue.
+-- What a read does beyond the usual: it makes dead letters, fetches what is due into the line, moves the mark, looks whether the queue
+-- is there, paused, or has priorities. A read that got all it wanted asks for it now and then, with qty 0.
+create function nightowls._read_more(org uuid, name text, vt int, qty int)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_sort to off
+  set plan_cache_mode to force_generic_plan
+as $$
+#variable_conflict use_column
+declare
+  v_now   timestamptz := clock_timestamp();
+  v_claim record;
+begin
+  loop
+    select q.org_id, q.queue_id, q.paused_at, k.priority, k.mark, c.*,
+           v_now + make_interval(secs => coalesce(_read_more.vt, q.vt)) as until, gen_random_uuid() as receipt,
+           (select f.line_no
+              from nightowls.queue_messages f
+             where f.org_id = q.org_id and f.queue_id = q.queue_id and f.state = 'r' and f.priority = 0
+               and f.line_no >= coalesce(k.mark, 0)
+             order by f.line_no
+             limit 1) as first,
+           (select true
+              from nightowls.queue_messages d
+             where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's', 'x') and d.due_at <= v_now
+               and d.due_at >= coalesce((
+                     select x.mark
+                       from nightowls.queue_due_marks x
+                      where x.org_id = q.org_id and x.queue_id = q.queue_id
+                      order by x.mark desc
+                      limit 1), '-infinity')
+             order by d.due_at
+             limit 1) as due
+      into v_claim
+      from nightowls.queues q
+      left join lateral (
+             select x.priority, x.mark
+               from nightowls.queue_marks x
+              where x.org_id = q.org_id and x.queue_id = q.queue_id
+              order by x.priority desc, x.mark desc
+              limit 1) k on true
+     cross join lateral (
+             select array_agg(x.tid) as tids, count(*) as found, bool_or(x.dead) as dead
+               from (select m.ctid as tid, m.line_no, m.read_ct >= q.max_attempts as dead
+                       from nightowls.queue_messages m
+                      where m.org_id = q.org_id and m.queue_id = q.queue_id and m.state = 'r' and m.priority = 0
+                        and m.line_no >= coalesce(k.mark, 0)
+                        and (m.lease_until is null or m.lease_until <= v_now)
+                        and q.paused_at is null and (k.priority > 0) is not true
+                      order by m.line_no
+                      limit _read_more.qty
+                        for update skip locked) x) c
+     where q.org_id = _read_more.org and q.name = nightowls._queue_name(_read_more.name);
+    if v_claim.org_id is null then
+      perform nightowls._refuse_queue(_read_more.org, _read_more.name);
+    elsif v_claim.dead or v_claim.priority > 0 or v_claim.paused_at is not null then
+      return query
+        select r.* from nightowls._read_slowly(v_claim.org_id, _read_more.name, v_claim.until - v_now, _read_more.qty) r;
+      return;
+    end if;
+
+    if v_claim.found > 0 then
+      return query
+        update nightowls.queue_messages m
+           set lease_until = v_claim.until, receipt = v_claim.receipt, read_ct = m.read_ct + 1, last_read_at = v_now
+          from unnest(v_claim.tids) as t (tid)
+         where m.ctid = t.tid
+        returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
+    end if;
+
+    _read_more.qty := _read_more.qty - v_claim.found;
+    exit when v_claim.due is not true or not nightowls._promote(v_claim.org_id, _read_more.name) or _read_more.qty = 0;
+  end loop;
+
+  if v_claim.first > coalesce(v_claim.mark, 0) + 32
+     or v_claim.first is null and pg_sequence_last_value('nightowls.queue_line_no') > coalesce(v_claim.mark, 0) + 64 and random() < 0.125 then
+    perform nightowls._move_mark(v_claim.org_id, v_claim.queue_id, 0);
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._read_more(uuid, text, int, int) from public;
+
+-- The usual case is one statement: it finds the org, the queue, its mark and the messages, and claims them by their places. It cannot be
+-- planned as a walk over the queue. What was claimed by somebody else between its snapshot and its lock, it passes over.
 -- Definer: nobody else may write to the queue's tables. That it may be executed is the right to read: a function of its own
 -- that looks who calls would be a third of a read.
 create function nightowls.read(queue text, vt int default null, qty int default 1, org uuid default null)
@@ -318,83 +407,50 @@ create function nightowls.read(queue text, vt int default null, qty int default 
 as $$
 #variable_conflict use_column
 declare
-  v_now   timestamptz := clock_timestamp();
-  v_claim record;
+  v_count int;
 begin
-  if (read.qty >= 0 and (read.vt is null or read.vt >= 0)) is not true then
-    perform nightowls._check_read(read.vt, read.qty);
+  return query
+    update nightowls.queue_messages m
+       set lease_until = c.now + c.lease, receipt = c.receipt, read_ct = m.read_ct + 1, last_read_at = c.now
+      from (select q.now, q.lease, q.receipt, x.tid
+              from (select q.org_id, q.queue_id, q.max_attempts, k.mark, clock_timestamp() as now, gen_random_uuid() as receipt,
+                           make_interval(secs => coalesce(read.vt, q.vt)) as lease
+                      from nightowls.queues q
+                      left join lateral (
+                             select x.priority, x.mark
+                               from nightowls.queue_marks x
+                              where x.org_id = q.org_id and x.queue_id = q.queue_id
+                              order by x.priority desc, x.mark desc
+                              limit 1) k on true
+                     where q.org_id = case
+                             when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
+                               then coalesce(read.org, nightowls._resolve_org())
+                             else coalesce(read.org, (
+                               select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) end
+                       and q.name = nightowls._queue_name(read.queue)
+                       and q.paused_at is null and (k.priority > 0) is not true and (read.qty < 0 or read.vt < 0) is not true
+                    offset 0) q
+             cross join lateral (
+                     select o.ctid as tid
+                       from nightowls.queue_messages o
+                      where o.org_id = q.org_id and o.queue_id = q.queue_id and o.state = 'r' and o.priority = 0
+                        and o.line_no >= coalesce(q.mark, 0)
+                        and (o.lease_until is null or o.lease_until <= q.now)
+                        and (o.read_ct >= q.max_attempts) is not true
+                      order by o.line_no
+                      limit case when read.qty > 0 then read.qty else 0 end
+                        for update skip locked) x
+            offset 0) c
+     where m.ctid = c.tid
+    returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
+  get diagnostics v_count = row_count;
+  if v_count = read.qty and random() > 0.125 then
+    return;
   end if;
-  loop
-    select q.org_id, q.queue_id, q.paused_at, k.priority, k.mark, c.*,
-           v_now + make_interval(secs => coalesce(read.vt, q.vt)) as until, gen_random_uuid() as receipt,
-           case when c.found < read.qty or random() < 0.125 then (
-             select true
-               from nightowls.queue_messages d
-              where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's', 'x') and d.due_at <= v_now
-                and d.due_at >= coalesce((
-                      select x.mark
-                        from nightowls.queue_due_marks x
-                       where x.org_id = q.org_id and x.queue_id = q.queue_id
-                       order by x.mark desc
-                       limit 1), '-infinity')
-              order by d.due_at
-              limit 1) end as due
-      into v_claim
-      from nightowls.queues q
-      left join lateral (
-             select x.priority, x.mark
-               from nightowls.queue_marks x
-              where x.org_id = q.org_id and x.queue_id = q.queue_id
-              order by x.priority desc, x.mark desc
-              limit 1) k on true
-     cross join lateral (
-             select array_agg(x.tid) as tids, count(*) as found, min(x.line_no) as first, bool_or(x.dead) as dead
-               from (select m.ctid as tid, m.line_no, m.read_ct >= q.max_attempts as dead
-                       from nightowls.queue_messages m
-                      where m.org_id = q.org_id and m.queue_id = q.queue_id and m.state = 'r' and m.priority = 0
-                        and m.line_no >= coalesce(k.mark, 0)
-                        and (m.lease_until is null or m.lease_until <= v_now)
-                        and q.paused_at is null and (k.priority > 0) is not true
-                      order by m.line_no
-                      limit read.qty
-                        for update skip locked) x) c
-     where q.org_id = case
-             when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
-               then coalesce(read.org, nightowls._resolve_org())
-             else coalesce(read.org, (
-               select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) end
-       and q.name = nightowls._queue_name(read.queue);
-    if v_claim.org_id is null then
-      perform nightowls._refuse_queue(coalesce(read.org, nightowls._resolve_org()), read.queue);
-    elsif v_claim.dead or v_claim.priority > 0 or v_claim.paused_at is not null then
-      return query
-        select r.* from nightowls._read_slowly(v_claim.org_id, read.queue, v_claim.until - v_now, read.qty) r;
-      return;
-    end if;
-
-    if v_claim.found = 1 then
-      return query
-        update nightowls.queue_messages m
-           set lease_until = v_claim.until, receipt = v_claim.receipt, read_ct = m.read_ct + 1, last_read_at = v_now
-         where m.ctid = v_claim.tids[1]
-        returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
-    elsif v_claim.found > 1 then
-      return query
-        update nightowls.queue_messages m
-           set lease_until = v_claim.until, receipt = v_claim.receipt, read_ct = m.read_ct + 1, last_read_at = v_now
-          from unnest(v_claim.tids) as t (tid)
-         where m.ctid = t.tid
-        returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
-    end if;
-
-    read.qty := read.qty - v_claim.found;
-    exit when v_claim.due is not true or not nightowls._promote(v_claim.org_id, read.queue) or read.qty = 0;
-  end loop;
-
-  if coalesce(v_claim.first, pg_sequence_last_value('nightowls.queue_line_no')) > coalesce(v_claim.mark, 0) + 64
-     and random() < 0.125 then
-    perform nightowls._move_mark(v_claim.org_id, v_claim.queue_id, 0);
-  end if;
+  perform nightowls._check_read(read.vt, read.qty);
+  return query
+    select r.*
+      from nightowls._read_more(coalesce(read.org, nightowls._resolve_org()), read.queue, read.vt, read.qty - v_count) r;
 end;
 $$;
 
@@ -533,17 +589,18 @@ as $$
 declare
   v_messages nightowls.queue_message[];
 begin
-  v_messages := array(
-    select r from nightowls._read_slowly(_pop_slowly.org, _pop_slowly.name, interval '1 minute', _pop_slowly.qty) r);
-  perform nightowls._finish_many(
-    _pop_slowly.org, _pop_slowly.name, array(select m.msg_id from unnest(v_messages) m), null, false, false);
+  v_messages := array(select r from nightowls._read_more(_pop_slowly.org, _pop_slowly.name, 60, _pop_slowly.qty) r);
+  if v_messages <> '{}' then
+    perform nightowls._finish_many(
+      _pop_slowly.org, _pop_slowly.name, array(select m.msg_id from unnest(v_messages) m), null, false, false);
+  end if;
   return query select * from unnest(v_messages);
 end;
 $$;
 
 revoke all on function nightowls._pop_slowly(uuid, text, int) from public;
 
--- As read, but for the second statement.
+-- As read, but it deletes. Of what needs more than that, and of what stands behind such a message, it leaves all to _pop_slowly().
 -- Definer: nobody else may write to the queue's tables; executing it is the right to it, as with read.
 create function nightowls.pop(queue text, qty int default 1, org uuid default null)
   returns setof nightowls.queue_message
@@ -558,83 +615,48 @@ create function nightowls.pop(queue text, qty int default 1, org uuid default nu
 as $$
 #variable_conflict use_column
 declare
-  v_now   timestamptz := clock_timestamp();
-  v_claim record;
+  v_count int;
 begin
-  if (pop.qty >= 0) is not true then
-    perform nightowls._check_read(0, pop.qty);
+  return query
+    delete from nightowls.queue_messages m
+     using (select q.now, x.tid, bool_or(x.odd) over () as odd
+              from (select q.org_id, q.queue_id, q.max_attempts, k.mark, clock_timestamp() as now
+                      from nightowls.queues q
+                      left join lateral (
+                             select x.priority, x.mark
+                               from nightowls.queue_marks x
+                              where x.org_id = q.org_id and x.queue_id = q.queue_id
+                              order by x.priority desc, x.mark desc
+                              limit 1) k on true
+                     where q.org_id = case
+                             when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
+                               then coalesce(pop.org, nightowls._resolve_org())
+                             else coalesce(pop.org, (
+                               select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) end
+                       and q.name = nightowls._queue_name(pop.queue)
+                       and q.paused_at is null and (k.priority > 0) is not true
+                    offset 0) q
+             cross join lateral (
+                     select o.ctid as tid, o.group_key is not null or o.dedup_key is not null or o.read_ct >= q.max_attempts as odd
+                       from nightowls.queue_messages o
+                      where o.org_id = q.org_id and o.queue_id = q.queue_id and o.state = 'r' and o.priority = 0
+                        and o.line_no >= coalesce(q.mark, 0)
+                        and (o.lease_until is null or o.lease_until <= q.now)
+                      order by o.line_no
+                      limit case when pop.qty > 0 then pop.qty else 0 end
+                        for update skip locked) x
+            offset 0) c
+     where m.ctid = c.tid and c.odd is not true
+    returning m.msg_id, m.read_ct + 1, m.enqueued_at, c.now, m.due_at, m.message, m.headers, null::uuid;
+  get diagnostics v_count = row_count;
+  if v_count = pop.qty and random() > 0.125 then
+    return;
   end if;
-  loop
-    select q.org_id, q.queue_id, k.mark, c.*, q.paused_at is not null or k.priority > 0 or c.odd as slow,
-           case when c.found < pop.qty or random() < 0.125 then (
-             select true
-               from nightowls.queue_messages d
-              where d.org_id = q.org_id and d.queue_id = q.queue_id and d.state in ('d', 's', 'x') and d.due_at <= v_now
-                and d.due_at >= coalesce((
-                      select x.mark
-                        from nightowls.queue_due_marks x
-                       where x.org_id = q.org_id and x.queue_id = q.queue_id
-                       order by x.mark desc
-                       limit 1), '-infinity')
-              order by d.due_at
-              limit 1) end as due
-      into v_claim
-      from nightowls.queues q
-      left join lateral (
-             select x.priority, x.mark
-               from nightowls.queue_marks x
-              where x.org_id = q.org_id and x.queue_id = q.queue_id
-              order by x.priority desc, x.mark desc
-              limit 1) k on true
-     cross join lateral (
-             select array_agg(x.tid) as tids, count(*) as found, min(x.line_no) as first, bool_or(x.odd) as odd
-               from (select m.ctid as tid, m.line_no,
-                            m.group_key is not null or m.dedup_key is not null or m.read_ct >= q.max_attempts as odd
-                       from nightowls.queue_messages m
-                      where m.org_id = q.org_id and m.queue_id = q.queue_id and m.state = 'r' and m.priority = 0
-                        and m.line_no >= coalesce(k.mark, 0)
-                        and (m.lease_until is null or m.lease_until <= v_now)
-                        and q.paused_at is null and (k.priority > 0) is not true
-                      order by m.line_no
-                      limit pop.qty
-                        for update skip locked) x) c
-     where q.org_id = case
-             when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
-               then coalesce(pop.org, nightowls._resolve_org())
-             else coalesce(pop.org, (
-               select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) end
-       and q.name = nightowls._queue_name(pop.queue);
-    if v_claim.org_id is null then
-      perform nightowls._refuse_queue(coalesce(pop.org, nightowls._resolve_org()), pop.queue);
-    elsif v_claim.slow then
-      -- Groups go on, keys are free again, and so on.
-      return query
-        select r.msg_id, r.read_ct, r.enqueued_at, r.last_read_at, r.vt, r.message, r.headers, null::uuid
-          from nightowls._pop_slowly(v_claim.org_id, pop.queue, pop.qty) r;
-      return;
-    end if;
-
-    if v_claim.found = 1 then
-      return query
-        delete from nightowls.queue_messages m
-         where m.ctid = v_claim.tids[1]
-        returning m.msg_id, m.read_ct + 1, m.enqueued_at, v_now, m.due_at, m.message, m.headers, null::uuid;
-    elsif v_claim.found > 1 then
-      return query
-        delete from nightowls.queue_messages m
-         using unnest(v_claim.tids) as t (tid)
-         where m.ctid = t.tid
-        returning m.msg_id, m.read_ct + 1, m.enqueued_at, v_now, m.due_at, m.message, m.headers, null::uuid;
-    end if;
-
-    pop.qty := pop.qty - v_claim.found;
-    exit when v_claim.due is not true or not nightowls._promote(v_claim.org_id, pop.queue) or pop.qty = 0;
-  end loop;
-
-  if coalesce(v_claim.first, pg_sequence_last_value('nightowls.queue_line_no')) > coalesce(v_claim.mark, 0) + 64
-     and random() < 0.125 then
-    perform nightowls._move_mark(v_claim.org_id, v_claim.queue_id, 0);
-  end if;
+  perform nightowls._check_read(0, pop.qty);
+  -- Groups go on, keys are free again, and so on.
+  return query
+    select r.msg_id, r.read_ct, r.enqueued_at, r.last_read_at, r.vt, r.message, r.headers, null::uuid
+      from nightowls._pop_slowly(coalesce(pop.org, nightowls._resolve_org()), pop.queue, pop.qty - v_count) r;
 end;
 $$;
 

@@ -220,7 +220,8 @@ $$;
 
 revoke all on function nightowls._finish_one(uuid, text, bigint, uuid, boolean, boolean) from public;
 
--- Many at once: what is neither grouped nor keyed in one statement, the rest one by one. archived null: as the queue's acks are.
+-- Many at once: what is neither grouped nor keyed in one statement, the rest one by one. archived null: as the queue's acks are. Org and
+-- queue come with each id, so that no plan can begin with the queue.
 -- Definer: nobody else may write to the queue's tables.
 create function nightowls._finish_many(
   org      uuid,
@@ -259,9 +260,11 @@ begin
   v_queue := nightowls._queue(_finish_many.org, _finish_many.name);
   with gone as (
     delete from nightowls.queue_messages m
-     using (select u.msg_id, u.receipt from unnest(_finish_many.msg_ids, _finish_many.receipts) as u (msg_id, receipt)
-             order by u.msg_id) u
-     where m.org_id = _finish_many.org and m.queue_id = v_queue.queue_id and m.msg_id = u.msg_id
+     using (select _finish_many.org as org_id, v_queue.queue_id, u.msg_id, u.receipt
+              from unnest(_finish_many.msg_ids, _finish_many.receipts) as u (msg_id, receipt)
+             order by u.msg_id
+            offset 0) u
+     where m.org_id = u.org_id and m.queue_id = u.queue_id and m.msg_id = u.msg_id
        and m.state <> 's' and m.group_key is null and m.dedup_key is null
        and (not _finish_many.fenced or m.receipt = u.receipt and m.lease_until > clock_timestamp())
     returning m.*
@@ -570,11 +573,12 @@ begin
     update nightowls.queue_messages m
        set lease_until = n.lease_until,
            due_at = case when m.state = 'd' then n.lease_until else m.due_at end
-      from (select u.msg_id, u.receipt,
+      from (select _extend_many.org as org_id, v_queue.queue_id, u.msg_id, u.receipt,
                    clock_timestamp() + make_interval(secs => coalesce(_extend_many.vt, v_queue.vt)) as lease_until
               from unnest(_extend_many.msg_ids, _extend_many.receipts) as u (msg_id, receipt)
-             order by u.msg_id) n
-     where m.org_id = _extend_many.org and m.queue_id = v_queue.queue_id and m.msg_id = n.msg_id
+             order by u.msg_id
+            offset 0) n
+     where m.org_id = n.org_id and m.queue_id = n.queue_id and m.msg_id = n.msg_id
        and m.receipt = n.receipt and m.lease_until > clock_timestamp()
     returning m.msg_id
   )
