@@ -258,26 +258,40 @@ begin
       using errcode = 'invalid_parameter_value';
   end if;
   v_queue := nightowls._queue(_finish_many.org, _finish_many.name);
-  with gone as (
-    delete from nightowls.queue_messages m
-     using (select _finish_many.org as org_id, v_queue.queue_id, u.msg_id, u.receipt
-              from unnest(_finish_many.msg_ids, _finish_many.receipts) as u (msg_id, receipt)
-             order by u.msg_id
-            offset 0) u
-     where m.org_id = u.org_id and m.queue_id = u.queue_id and m.msg_id = u.msg_id
-       and m.state <> 's' and m.group_key is null and m.dedup_key is null
-       and (not _finish_many.fenced or m.receipt = u.receipt and m.lease_until > clock_timestamp())
-    returning m.*
-  ), kept as (
-    insert into nightowls.queue_archive
-           (org_id, queue_id, msg_id, priority, read_ct, enqueued_at, last_read_at, group_key, dedup_key, last_error, source,
-            headers, message)
-    select g.org_id, g.queue_id, g.msg_id, g.priority, g.read_ct, g.enqueued_at, g.last_read_at, g.group_key, g.dedup_key,
-           g.last_error, g.source, g.headers, g.message
-      from gone g
-     where coalesce(_finish_many.archived, v_queue.archive_acked)
-  )
-  select coalesce(array_agg(g.msg_id), '{}') into v_done from gone g;
+  if coalesce(_finish_many.archived, v_queue.archive_acked) then
+    with gone as (
+      delete from nightowls.queue_messages m
+       using (select _finish_many.org as org_id, v_queue.queue_id, u.msg_id, u.receipt
+                from unnest(_finish_many.msg_ids, _finish_many.receipts) as u (msg_id, receipt)
+               order by u.msg_id
+              offset 0) u
+       where m.org_id = u.org_id and m.queue_id = u.queue_id and m.msg_id = u.msg_id
+         and m.state <> 's' and m.group_key is null and m.dedup_key is null
+         and (not _finish_many.fenced or m.receipt = u.receipt and m.lease_until > clock_timestamp())
+      returning m.*
+    ), kept as (
+      insert into nightowls.queue_archive
+             (org_id, queue_id, msg_id, priority, read_ct, enqueued_at, last_read_at, group_key, dedup_key, last_error, source,
+              headers, message)
+      select g.org_id, g.queue_id, g.msg_id, g.priority, g.read_ct, g.enqueued_at, g.last_read_at, g.group_key, g.dedup_key,
+             g.last_error, g.source, g.headers, g.message
+        from gone g
+    )
+    select coalesce(array_agg(g.msg_id), '{}') into v_done from gone g;
+  else
+    with gone as (
+      delete from nightowls.queue_messages m
+       using (select _finish_many.org as org_id, v_queue.queue_id, u.msg_id, u.receipt
+                from unnest(_finish_many.msg_ids, _finish_many.receipts) as u (msg_id, receipt)
+               order by u.msg_id
+              offset 0) u
+       where m.org_id = u.org_id and m.queue_id = u.queue_id and m.msg_id = u.msg_id
+         and m.state <> 's' and m.group_key is null and m.dedup_key is null
+         and (not _finish_many.fenced or m.receipt = u.receipt and m.lease_until > clock_timestamp())
+      returning m.msg_id
+    )
+    select coalesce(array_agg(g.msg_id), '{}') into v_done from gone g;
+  end if;
   if cardinality(v_done) < cardinality(_finish_many.msg_ids) then
     for v_row in
       select u.msg_id, u.receipt
