@@ -1,8 +1,10 @@
 //! Async projections: kept by `run_projections`, exact whenever they are asked.
 
+use std::collections::BTreeSet;
+
 use crate::fixture::{default_org, lines, new_org};
 use crate::projections::text;
-use crate::support::{SERVICE, Session, on_each_install, on_each_route, quote};
+use crate::support::{Db, SERVICE, Session, on_each_install, on_each_route, quote};
 
 const TALLY: &str = r#"{"on": {"counted": [{"op": "add", "path": "n", "value": "$.by"}]}}"#;
 
@@ -288,6 +290,147 @@ fn a_run_beside_open_appends_and_a_rebuild_leaves_out_nothing() {
                 "select lagging_from from nightowls.projections"
             ),
             "null"
+        );
+    });
+}
+
+/// `count` orgs with an async projection of the same name each; returns their ids.
+fn orgs_with_tallies(db: &Db, count: usize) -> Vec<String> {
+    let mut owner = db.owner();
+    (0..count)
+        .map(|i| {
+            let org = new_org(db, &format!("org {i}"));
+            owner.exec(&format!(
+                "select nightowls.create_projection('tally', 'order', {}, mode => 'async', org => '{org}')",
+                quote(TALLY)
+            ));
+            org
+        })
+        .collect()
+}
+
+fn count_in_each(session: &mut Session, orgs: &[String], events: u32) {
+    session.exec(&format!(
+        "insert into nightowls.events (org_id, aggregate_type, aggregate_id, event_type, payload)
+         select o.id, 'order', 'o' || i, 'counted', '{{\"by\": 1}}'
+           from unnest(array['{}']::uuid[]) as o (id) cross join generate_series(1, {events}) i",
+        orgs.join("','")
+    ));
+}
+
+#[test]
+fn who_had_no_turn_comes_first_in_the_next_call_however_busy_the_others_are() {
+    on_each_install(|db| {
+        let orgs = orgs_with_tallies(db, 60);
+        let mut service = db.service();
+        count_in_each(&mut service, &orgs, 3);
+        // Three calls serve sixty, though those that were served have new work before each call, and more of it.
+        let mut served = BTreeSet::new();
+        for round in 0..3 {
+            service.exec("begin");
+            let turn = lines(
+                &mut service,
+                "select org_id from nightowls.run_projections()",
+            );
+            assert_eq!(turn.len(), if round < 2 { 25 } else { 10 + 15 }, "{turn:?}");
+            let locks: i64 = text(
+                &mut service,
+                "select count(*) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory'",
+            )
+            .parse()
+            .expect("a number");
+            assert!(locks <= 64, "{locks} advisory locks");
+            service.exec("commit");
+            let again: Vec<String> = served.iter().cloned().collect();
+            served.extend(turn);
+            assert_eq!(served.len(), [25, 50, 60][round], "{again:?}");
+            let busy: Vec<String> = served.iter().cloned().collect();
+            count_in_each(&mut service, &busy, 20);
+        }
+    });
+}
+
+#[test]
+fn what_others_are_at_or_erase_and_what_fails_holds_up_nobody() {
+    on_each_install(|db| {
+        let orgs = orgs_with_tallies(db, 60);
+        let mut service = db.service();
+        count_in_each(&mut service, &orgs, 3);
+        // A call that is still open has 25 of them, and stays first in line.
+        let mut open = db.service();
+        open.exec("begin");
+        assert_eq!(
+            open.rows("select * from nightowls.run_projections()").len(),
+            25
+        );
+        assert_eq!(
+            service
+                .rows("select * from nightowls.run_projections()")
+                .len(),
+            25
+        );
+        assert_eq!(
+            service
+                .rows("select * from nightowls.run_projections()")
+                .len(),
+            10
+        );
+        open.exec("commit");
+
+        // So does an erasure that is open.
+        let mut eraser = db.service();
+        count_in_each(&mut service, &orgs, 1);
+        eraser.exec(&format!(
+            "begin; select nightowls.erase('order', 'o1', 'asked', org => '{}')",
+            orgs[0]
+        ));
+        let mut rows = 0;
+        for _ in 0..3 {
+            rows += service
+                .rows("select * from nightowls.run_projections()")
+                .len();
+        }
+        assert_eq!(rows, 59);
+        eraser.exec("commit");
+        assert_eq!(run(&mut service), 1);
+
+        // And a handler whose error will pass is told, and tried again.
+        db.owner().exec(&format!(
+            "create function public.busy(state jsonb, event nightowls.events) returns jsonb language plpgsql as $$
+             begin
+               if current_setting('app.busy', true) = 'yes' then
+                 raise exception 'somebody else has it' using errcode = 'lock_not_available';
+               end if;
+               return jsonb_build_object('n', (event).version);
+             end $$;
+             select nightowls.create_projection('busy', 'order', handler => 'public.busy', mode => 'async', org => '{}')",
+            orgs[1]
+        ));
+        count_in_each(&mut service, &orgs[..3], 1);
+        service.exec("set app.busy = 'yes'");
+        assert_eq!(
+            lines(
+                &mut service,
+                "select projection, events, error from nightowls.run_projections() order by org_id <> (select org_id from nightowls.projections where name = 'busy'), projection"
+            ),
+            [
+                "busy 0 55P03 somebody else has it",
+                "tally 1 null",
+                "tally 1 null",
+                "tally 1 null"
+            ]
+        );
+        assert_eq!(
+            text(&mut service, "select count(*) from nightowls.parked_events"),
+            "0"
+        );
+        service.exec("set app.busy = 'no'");
+        assert_eq!(
+            lines(
+                &mut service,
+                "select projection, events, error from nightowls.run_projections()"
+            ),
+            ["busy 1 null"]
         );
     });
 }

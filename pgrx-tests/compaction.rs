@@ -1,6 +1,7 @@
 //! Compaction: what is moved is as it was, and everybody else sees no difference.
 
 use std::cell::{Cell, RefCell};
+use std::collections::BTreeSet;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread;
 use std::time::Duration;
@@ -1125,6 +1126,72 @@ fn the_sweep_compacts_what_was_asked_for_in_every_org_and_nothing_else() {
             ),
             [format!("{two} o1 12 21 f null null")]
         );
+    });
+}
+
+#[test]
+fn orgs_beyond_what_one_sweep_may_lock_come_first_in_the_next() {
+    on_each_install(|db| {
+        let orgs: Vec<String> = (0..40).map(|i| new_org(db, &format!("org {i}"))).collect();
+        let mut service = db.service();
+        for org in &orgs {
+            service.exec(&format!(
+                "select nightowls.set_compaction('order', min_events => 2, org => '{org}');
+                 select nightowls.create_projection('chain', 'order', {}, org => '{org}')",
+                quote(CHAIN)
+            ));
+        }
+        // Without a policy while they are appended, so that the appends leave the snapshots to the sweep.
+        let fill = |session: &mut Session, orgs: &[String]| {
+            let of = format!("unnest(array['{}']::uuid[]) as o (id)", orgs.join("','"));
+            session.exec(&format!(
+                "select nightowls.set_snapshot_policy('chain', null, o.id) from {of};
+                 select nightowls.append_events('order', 'a' || i, '[{}]', org => o.id) from {of} cross join generate_series(1, 2) i;
+                 select nightowls.set_snapshot_policy('chain', 2, o.id) from {of}",
+                [r#"{"event_type": "counted", "payload": {"by": 1}}"#; 5].join(",")
+            ));
+        };
+        fill(&mut service, &orgs);
+        // An erasure that is open in one is not waited for.
+        let mut eraser = db.service();
+        eraser.exec(&format!(
+            "begin; select nightowls.erase('cart', 'a', 'asked', org => '{}')",
+            orgs[0]
+        ));
+        for sweep in ["compact", "create_snapshots"] {
+            let mut served = BTreeSet::new();
+            for round in 0..2 {
+                service.exec("begin");
+                let turn = lines(
+                    &mut service,
+                    &format!("select distinct org_id from nightowls.{sweep}(1000, 20000)"),
+                );
+                let locks: i64 = text(
+                    &mut service,
+                    "select count(*) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory'",
+                )
+                .parse()
+                .expect("a number");
+                assert!(locks <= 64, "{sweep}: {locks} advisory locks");
+                service.exec("commit");
+                assert_eq!(turn.len(), 24, "{sweep}, round {round}");
+                served.extend(turn);
+                // Those that were served have as much to do again.
+                let busy: Vec<String> = served.iter().cloned().collect();
+                fill(&mut service, &busy);
+            }
+            assert_eq!(served.len(), 39, "{sweep}: all but the one that is held up");
+            assert!(!served.contains(&orgs[0]));
+        }
+        eraser.exec("commit");
+        let mut late = BTreeSet::new();
+        for _ in 0..2 {
+            late.extend(lines(
+                &mut service,
+                "select distinct org_id from nightowls.compact(1000, 20000)",
+            ));
+        }
+        assert!(late.contains(&orgs[0]));
     });
 }
 

@@ -177,6 +177,16 @@ $$;
 
 revoke all on function nightowls._share_erasure(uuid) from public;
 
+-- The same for a sweep, which leaves out what it would have to wait for: false.
+create function nightowls._try_share_erasure(org uuid)
+  returns boolean
+  language sql
+  volatile
+  parallel unsafe
+  return pg_try_advisory_xact_lock_shared(nightowls._lock_class(263), uuid_hash(org));
+
+revoke all on function nightowls._try_share_erasure(uuid) from public;
+
 -- Takes snapshots of states just stored, those that passed a multiple of snapshot_every. It runs in functions of the owner's.
 create function nightowls._snapshot_stored(org uuid, projections text[], generations bigint[], aggregate_ids text[])
   returns void

@@ -554,12 +554,14 @@ begin
       continue when not found;
       v_stale := nightowls._stale_snapshots(v_definition, v_turn.after_id, 1000);
       v_after := coalesce(v_stale.last_id, '');
-      v_more := v_more or v_after <> '';
       if v_stale.ids <> '{}' and v_turn.org_id <> all (v_orgs) then
         -- Each org is a lock: the others have their turn in the next call.
         exit when cardinality(v_orgs) = 24;
+        -- An erasure is not waited for: the others would wait too.
+        continue when not nightowls._try_share_erasure(v_turn.org_id);
         v_orgs := v_orgs || v_turn.org_id;
       end if;
+      v_more := v_more or v_after <> '';
       foreach create_snapshots.aggregate_id in array v_stale.ids loop
         create_snapshots.org_id := v_turn.org_id;
         create_snapshots.projection := v_turn.name;
@@ -593,7 +595,9 @@ comment on function nightowls.create_snapshots(int, int) is
   'Takes the snapshots that are missing by the policy of their projection, of all orgs and projections in turn, and returns them, or the '
   'error of one that could not be taken: for cron. Appends take their own; this is for projections that follow later and for '
   'a policy that has changed. max_aggregates: how many at most; max_ms: milliseconds after which no other one is begun: the next call goes on '
-  'from there. Handlers are run as the caller. Returns nothing while another call runs. '
+  'from there. The projection that has waited longest comes first, a turn is at most 1,000 aggregates, and a call works for 24 orgs at most: those left out come '
+  'first in the next call. Handlers are run as the caller. Waits for nobody: it leaves out the orgs in which something is being erased. Returns nothing while '
+  'another call runs. '
   'Service only. Raises 22004 or 22023 for an argument that is null or below 1.';
 
 revoke all on function nightowls.create_snapshots(int, int) from public;

@@ -256,8 +256,8 @@ $$;
 
 revoke all on function nightowls._try_fold_async(nightowls.projections, text[]) from public;
 
--- Takes one async projection on by at most max_events events of the log. events: how many were looked at, null when
--- somebody else is at it or there is nothing new.
+-- Takes one async projection on by at most max_events events of the log. events: how many were looked at, null when somebody
+-- else is at it or there is nothing new. With wait => false nobody is waited for, and locks says how many of them it has taken.
 create function nightowls._run_async(
   org          uuid,
   name         text,
@@ -265,7 +265,8 @@ create function nightowls._run_async(
   wait         boolean,
   out events   bigint,
   out "offset" bigint,
-  out error    text
+  out error    text,
+  out locks    int
 )
   language plpgsql
   volatile
@@ -283,11 +284,22 @@ declare
   v_safe       bigint;
   v_seen       record;
 begin
-  -- A build takes its locks in this order.
-  perform nightowls._share_erasure(_run_async.org);
+  locks := 0;
+  if _run_async.wait then
+    -- A build takes its locks in this order.
+    perform nightowls._share_erasure(_run_async.org);
+  end if;
   v_state := nightowls._lock_async(_run_async.org, _run_async.name, _run_async.wait);
   if v_state."offset" is null then
     return;
+  end if;
+  locks := 1;
+  if not _run_async.wait then
+    -- The other way round is no deadlock where neither is waited for, and what somebody else is at costs no lock.
+    if not nightowls._try_share_erasure(_run_async.org) then
+      return;
+    end if;
+    locks := 2;
   end if;
   -- With the lock held no build can put another generation in its place.
   v_projection := nightowls._projection(_run_async.name, _run_async.org);
@@ -355,10 +367,11 @@ create function nightowls.run_projections(max_events int default 10000, max_ms i
 as $$
 #variable_conflict use_column
 declare
-  v_until timestamptz := clock_timestamp() + run_projections.max_ms * interval '1 ms';
-  v_left  bigint := run_projections.max_events;
-  v_turns int := 0;
-  v_run   record;
+  v_until  timestamptz := clock_timestamp() + run_projections.max_ms * interval '1 ms';
+  v_left   bigint := run_projections.max_events;
+  v_locks  int := 0;
+  v_erased uuid[] := '{}';
+  v_run    record;
 begin
   perform nightowls._check_max_events(run_projections.max_events);
   if run_projections.max_ms is null then
@@ -376,8 +389,9 @@ begin
      where starts_with(c.name, 'projection:')
      order by s.created_at, c.org_id, c.name
   loop
-    -- Each takes up to two locks until the transaction ends.
-    exit when v_left <= 0 or v_turns >= 25 or clock_timestamp() >= v_until;
+    -- Each that is taken on keeps two locks until the transaction ends; who is left out now comes first in the next call.
+    exit when v_left <= 0 or v_locks >= 50 or clock_timestamp() >= v_until;
+    continue when org_id = any (v_erased);
     events := 0;
     error := null;
     "offset" := (
@@ -386,17 +400,28 @@ begin
        cross join lateral nightowls._share_states(c) s
        where c.org_id = run_projections.org_id and c.name = 'projection:' || run_projections.projection);
     continue when "offset" is null or nightowls._safe_position(org_id, "offset") <= "offset";
-    v_turns := v_turns + 1;
-    loop
-      v_run := nightowls._run_async(org_id, projection, least(v_left, 1000)::int, false);
-      exit when v_run.events is null;
-      events := events + v_run.events;
-      "offset" := v_run."offset";
-      error := coalesce(v_run.error, error);
-      v_left := v_left - v_run.events;
-      exit when v_left <= 0 or clock_timestamp() >= v_until or events >= greatest(run_projections.max_events / 4, 1000);
-    end loop;
-    if events > 0 then
+    begin
+      loop
+        v_run := nightowls._run_async(org_id, projection, least(v_left, 1000)::int, false);
+        exit when v_run.events is null;
+        events := events + v_run.events;
+        "offset" := v_run."offset";
+        error := coalesce(v_run.error, error);
+        v_left := v_left - v_run.events;
+        exit when v_left <= 0 or clock_timestamp() >= v_until or events >= greatest(run_projections.max_events / 4, 1000);
+      end loop;
+      v_locks := v_locks + v_run.locks;
+      if v_run.locks = 1 then
+        -- Something of this org is being erased: its other projections would cost a lock each.
+        v_erased := v_erased || org_id;
+      end if;
+    exception when others then
+      -- It will pass, and is tried again by the next call: nothing of it is kept, its locks neither.
+      v_left := v_left + events;
+      events := 0;
+      error := format('%s %s', sqlstate, sqlerrm);
+    end;
+    if events > 0 or error is not null then
       return next;
     end if;
   end loop;
@@ -404,11 +429,14 @@ end;
 $$;
 
 comment on function nightowls.run_projections(int, int) is
-  'Keeps the projections of mode async, of all orgs in turn, the one served longest ago first: to be called by a cron job or a worker, as often as '
-  'their stored states are to be fresh. max_events: how many events of the log to look at, all together; max_ms: begin nothing new after so many '
-  'milliseconds. Returns a row for each projection that was taken on: org, name, the events looked at, the offset reached, and the last error if '
-  'the events of an aggregate do not fit the reducer or the handler raised: that aggregate stays behind, and is in parked_events, until its next event or '
-  'refresh_projection(); the others go on. No rows: nothing to do. Handlers run as the caller. Leaves alone what another call is at, and '
-  'waits for an erasure in the same org. Raises 22004 or 22023 for an argument that is null or below 1, 25001 above read committed, 55000 on a standby.';
+  'Keeps the projections of mode async, of all orgs in turn: to be called by a cron job or a worker, as often as their stored states are to be fresh. '
+  'max_events: how many events of the log to look at, all together; max_ms: begin nothing new after so many milliseconds. The one served longest ago '
+  'comes first, none gets more than a quarter of max_events (or 1000), and a call takes on 25 projections at most, as each keeps two locks until the transaction '
+  'ends: whoever was left out comes first in the next call, so call again at once while rows come. Returns a row for each projection that was taken on: '
+  'org, name, the events looked at, the offset reached, and the last error if the events of an aggregate do not fit the reducer or the handler raised: that '
+  'aggregate stays behind, and is in parked_events, until its next event or refresh_projection(); the others go on. An error that will pass (a conflict, a '
+  'lock) undoes what this call did for that projection, 0 events, and stops no other. No rows: nothing to do. Handlers run as the caller. Waits for '
+  'nobody: it leaves alone what another call or a build is at, and the orgs in which something is being erased. Raises 22004 or 22023 for an argument that is null or below 1, '
+  '25001 above read committed, 55000 on a standby.';
 
 revoke all on function nightowls.run_projections(int, int) from public;

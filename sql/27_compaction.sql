@@ -1470,6 +1470,7 @@ declare
   v_orgs   uuid[] := '{}';
   v_first  boolean := true;
   v_more   boolean;
+  v_full   boolean := false;
 begin
   perform nightowls._check_sweep(compact.max_aggregates, compact.max_ms);
   if not nightowls._begin_sweep('compaction') then
@@ -1478,6 +1479,7 @@ begin
   loop
     v_more := false;
     -- Each aggregate type of each org in turn, the one that has waited longest first; then those that are not through.
+    <<turns>>
     for v_turn in
       select p as policy, coalesce(w.after_id, '') as after_id
         from nightowls.compaction_policies p
@@ -1499,9 +1501,14 @@ begin
         v_looked := v_looked + 1;
         if v_next.live - v_policy.keep >= v_policy.min_events
            or nightowls._is_running(v_policy.org_id, v_policy.aggregate_type, v_next.aggregate_id) then
-          -- Each org is a lock: the others have their turn in the next call.
-          exit when v_policy.org_id <> all (v_orgs) and cardinality(v_orgs) = 24;
-          v_orgs := v_orgs || array(select v_policy.org_id where v_policy.org_id <> all (v_orgs));
+          if v_policy.org_id <> all (v_orgs) then
+            -- Each org is a lock that is kept until the transaction ends: who is left out has not had its turn and comes first in the next call.
+            v_full := cardinality(v_orgs) = 24;
+            exit turns when v_full;
+            -- An erasure is not waited for: the others would wait too.
+            continue turns when not nightowls._try_share_erasure(v_policy.org_id);
+            v_orgs := v_orgs || v_policy.org_id;
+          end if;
           compact.org_id := v_policy.org_id;
           compact.aggregate_type := v_policy.aggregate_type;
           compact.aggregate_id := v_next.aggregate_id;
@@ -1536,7 +1543,7 @@ begin
         return;
       end if;
     end loop;
-    exit when not v_more or cardinality(v_orgs) = 24;
+    exit when not v_more or v_full;
     v_first := false;
   end loop;
 end;
@@ -1544,10 +1551,12 @@ $$;
 
 comment on function nightowls.compact(int, int) is
   'Compacts what the policies of set_compaction ask for, of all orgs and aggregate types in turn, and takes the snapshots that needs: for '
-  'cron. max_aggregates: how many at most; max_ms: milliseconds after which it stops: the next call goes on from there. Returns a row for each aggregate '
+  'cron. max_aggregates: how many at most; max_ms: milliseconds after which it stops: the next call goes on from there. The type that has waited longest comes '
+  'first, a turn is at most 1,000 aggregates and a quarter of the time, and a call works for 24 orgs at most, as each is a lock until the transaction ends: '
+  'those left out come first in the next call. Returns a row for each aggregate '
   'it took: moved, compacted_to, more and held_by as compact_aggregate does, or the error for which nothing was moved, which stands in '
-  'progress too. Handlers are replayed as the caller. An aggregate that somebody else is compacting is left out. Returns nothing while another call '
-  'runs. Service only. Raises 22004 or 22023 for an argument that is null or below 1.';
+  'progress too. Handlers are replayed as the caller. Waits for nobody: an aggregate that somebody else is compacting is left out, and an org in which something '
+  'is being erased. Returns nothing while another call runs. Service only. Raises 22004 or 22023 for an argument that is null or below 1.';
 
 revoke all on function nightowls.compact(int, int) from public;
 
