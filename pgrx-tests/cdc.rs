@@ -7,8 +7,8 @@ use crate::dump::by_psql_as;
 use crate::fixture::{default_org, lines, new_org};
 use crate::projections::{assert_examples, text};
 use crate::support::{
-    APP, Db, Install, OWNER, SERVICE, STRANGER, SUPERUSER, Session, on_each_install, on_install,
-    own_cluster, own_cluster_with, quote, server, skip, wait_until,
+    APP, Cluster, Db, Install, OWNER, SERVICE, STRANGER, SUPERUSER, Session, on_each_install,
+    on_install, own_cluster, own_cluster_with, quote, server, skip, wait_until,
 };
 
 /// Appends by every way there is: one, batches, several aggregates, plain inserts,
@@ -144,7 +144,10 @@ fn plugin_settings() -> &'static [(&'static str, &'static str)] {
         .superuser()
         .value("select 1 from pg_settings where name = 'output_plugin_libraries'");
     match known {
-        Some(_) => &[("output_plugin_libraries", "wal2json")],
+        Some(_) => &[(
+            "output_plugin_libraries",
+            "pgoutput, wal2json, pglogical_output",
+        )],
         None => &[],
     }
 }
@@ -174,6 +177,195 @@ fn wal2json_delivers_every_append_once() {
             );
             assert_eq!(found, log(db), "{install}");
         }
+    });
+}
+
+/// What wal2json has for the log since the last call, in its whole text; without
+/// `filter` updates and deletions too.
+#[track_caller]
+fn from_wal2json(superuser: &mut Session, slot: &str, filter: &str) -> Vec<String> {
+    lines(
+        superuser,
+        &format!(
+            "select data from pg_logical_slot_get_changes('{slot}', null, null, 'format-version', '2', 'include-transaction', 'false', 'add-tables', 'nightowls.events'{filter})"
+        ),
+    )
+}
+
+const INSERTS: &str = ", 'actions', 'insert'";
+
+/// Compaction and a restore of what it took are no news of the subject; its erasure is its record.
+#[test]
+fn a_compaction_reaches_no_slot_and_an_erasure_only_as_its_record() {
+    let wal2json = server().has_library("wal2json");
+    if !wal2json {
+        skip("wal2json");
+    }
+    own_cluster_with(plugin_settings(), |cluster| {
+        for install in Install::ALL {
+            let db = &cluster.database(install);
+            default_org(db);
+            let (mut owner, mut service, mut superuser) =
+                (db.owner(), db.service(), db.superuser());
+            owner.exec("select nightowls.enable_cdc()");
+            owner.exec(
+                r#"select nightowls.create_projection('tally', 'person', '{"otherwise": [{"op": "add", "path": "n"}]}')"#,
+            );
+            let published = slot(db, "pgoutput");
+            let listed = wal2json.then(|| slot(db, "wal2json"));
+            service.exec(
+                r#"select nightowls.append_events('person', 'ann', (select jsonb_agg('{"event_type": "moved", "payload": {"to": "a secret address"}}'::jsonb) from generate_series(1, 30)));
+                   select nightowls.append_event('person', 'bob', 'moved', '{"to": "elsewhere"}')"#,
+            );
+            assert_eq!(from_pgoutput(&mut superuser, &published), (log(db), 0));
+            if let Some(slot) = &listed {
+                let found = from_wal2json(&mut superuser, slot, INSERTS);
+                assert_eq!(found.len(), 31, "{found:?}");
+            }
+
+            service.exec("select nightowls.create_snapshot('tally', 'ann')");
+            assert_eq!(
+                text(
+                    &mut service,
+                    "select moved from nightowls.compact_aggregate('person', 'ann', keep => 10)"
+                ),
+                "20"
+            );
+            assert_eq!(from_pgoutput(&mut superuser, &published), (vec![], 0));
+            if let Some(slot) = &listed {
+                let found = from_wal2json(&mut superuser, slot, INSERTS);
+                assert_eq!(found, Vec::<String>::new());
+            }
+
+            service.exec("select nightowls.erase('person', 'ann', 'asked on 3 May')");
+            let record = log(db).pop().expect("the record is the newest event");
+            assert!(
+                record.contains(
+                    r#"person ann 31 nightowls.erased {"events": 30, "reason": "asked on 3 May"}"#
+                ),
+                "{record}"
+            );
+            assert_eq!(
+                from_pgoutput(&mut superuser, &published),
+                (vec![record], 0),
+                "{install}"
+            );
+            if let Some(slot) = &listed {
+                // Peeked at without the filter first: what an erasure rewrites shows nothing of what was there.
+                let all = lines(
+                    &mut superuser,
+                    &format!(
+                        "select data from pg_logical_slot_peek_changes('{slot}', null, null, 'format-version', '2')"
+                    ),
+                );
+                assert!(all.len() > 30, "{all:?}");
+                assert!(!all.iter().any(|change| change.contains("secret")));
+                let found = from_wal2json(&mut superuser, slot, INSERTS);
+                assert_eq!(found.len(), 1, "{found:?}");
+                let change: serde_json::Value =
+                    serde_json::from_str(&found[0]).expect("wal2json writes JSON");
+                let value = |name: &str| {
+                    let columns = change["columns"].as_array().expect("a row has columns");
+                    let column = columns.iter().find(|column| column["name"] == name);
+                    column.expect("the column is there")["value"].to_string()
+                };
+                assert_eq!(change["action"], "I");
+                assert_eq!(value("aggregate_id"), r#""ann""#);
+                assert_eq!(value("version"), "31");
+                assert_eq!(value("event_type"), r#""nightowls.erased""#);
+                assert!(value("payload").contains("asked on 3 May"), "{change}");
+            }
+
+            // What is put back is inserted, and comes again: positions tell.
+            service.exec("select nightowls.restore_aggregate('person', 'ann')");
+            let (again, other) = from_pgoutput(&mut superuser, &published);
+            assert_eq!((again.len(), other), (20, 0));
+            assert!(again.iter().all(|row| log(db).contains(row)));
+        }
+    });
+}
+
+/// pglogical's supervisor keeps databases from being dropped, for ever.
+struct StoppedOnPanic<'a>(&'a Cluster);
+
+impl Drop for StoppedOnPanic<'_> {
+    fn drop(&mut self) {
+        if std::thread::panicking() {
+            self.0.stop("immediate");
+        }
+    }
+}
+
+/// pglogical has replication sets instead of publications, and a process for each
+/// subscription: both ends are databases of one server here.
+#[test]
+fn pglogical_delivers_every_append_once_and_an_erasure_as_its_record() {
+    if !server().has_library("pglogical") {
+        skip("pglogical");
+        return;
+    }
+    let settings: Vec<_> = plugin_settings()
+        .iter()
+        .copied()
+        .chain([
+            ("shared_preload_libraries", "pglogical"),
+            ("max_worker_processes", "20"),
+            ("track_commit_timestamp", "on"),
+        ])
+        .collect();
+    own_cluster_with(&settings, |cluster| {
+        let mut ends = Vec::new();
+        for install in Install::ALL {
+            let (from, to) = (cluster.database(install), cluster.database(install));
+            let _guard = StoppedOnPanic(cluster);
+            default_org(&from);
+            let (mut provider, mut subscriber) = (from.superuser(), to.superuser());
+            let dsn = |db: &Db| {
+                format!(
+                    "host=127.0.0.1 port={} dbname={} user={SUPERUSER}",
+                    cluster.port(),
+                    db.name()
+                )
+            };
+            append_by_every_way(&mut from.service());
+            provider.exec(&format!(
+                "create extension pglogical;
+                 select pglogical.create_node('provider_{install}', '{}')",
+                dsn(&from)
+            ));
+            provider.exec(
+                "select pglogical.replication_set_add_table('default_insert_only', 'nightowls.events', synchronize_data => true)",
+            );
+            subscriber.exec(&format!(
+                "create extension pglogical;
+                 select pglogical.create_node('subscriber_{install}', '{}')",
+                dsn(&to)
+            ));
+            subscriber.exec(&format!(
+                "select pglogical.create_subscription('events_{install}', '{}', array['default_insert_only'], synchronize_structure => false, synchronize_data => true)",
+                dsn(&from)
+            ));
+            let arrives = |what: &str, expected: Vec<String>| {
+                wait_until(what, Duration::from_secs(120), || {
+                    log(&to).len() >= expected.len()
+                });
+                assert_eq!(log(&to), expected, "{install}: {what}");
+            };
+            arrives("what was there", log(&from));
+            append_by_every_way(&mut from.service());
+            arrives("what comes", log(&from));
+
+            let mut expected = log(&from);
+            let mut service = from.service();
+            service.exec("select nightowls.erase('order', 'o1', 'asked on 3 May')");
+            expected.push(log(&from).pop().expect("the record is the newest event"));
+            arrives("the record of an erasure, and nothing else", expected);
+            subscriber.exec(&format!(
+                "select pglogical.drop_subscription('events_{install}')"
+            ));
+            ends.push((from, to));
+        }
+        cluster.stop("immediate");
     });
 }
 

@@ -6,8 +6,8 @@ use std::time::Duration;
 use crate::fixture::{default_org, digest, is_blocked, lines, new_org, together};
 use crate::projections::{assert_examples, text};
 use crate::support::{
-    APP, Db, SERVICE, STRANGER, Session, on_each_install, on_each_route, own_cluster, quote,
-    wait_until,
+    APP, Db, Install, SERVICE, STRANGER, Session, on_each_install, on_each_route, own_cluster,
+    quote, wait_until,
 };
 
 /// What the subject's events hold, with everything that is escaped somewhere.
@@ -1093,33 +1093,81 @@ fn a_scan_finds_what_is_there_in_whatever_form() {
 }
 
 #[test]
-fn a_logical_slot_sees_an_erasure_as_one_insert() {
+fn a_server_killed_in_the_middle_of_an_erasure_has_erased_everything_or_nothing() {
     own_cluster(|cluster| {
-        for install in crate::support::Install::ALL {
+        for install in Install::ALL {
             let db = cluster.database(install);
             let org = default_org(&db);
-            let (mut admin, mut s) = (db.superuser(), db.service());
-            append_subject(&mut s, "person", 3, &org);
-            admin.exec(
-                "create publication inserts for table nightowls.events with (publish = 'insert')",
-            );
-            let slot = format!("erased_{}", db.name());
-            admin.exec(&format!(
-                "select pg_create_logical_replication_slot('{slot}', 'pgoutput')"
+            let mut owner = db.owner();
+            owner.exec(&format!(
+                "select nightowls.create_projection('person', 'person', {});
+                 select nightowls.create_consumer('mail')",
+                quote(PUT)
             ));
-            s.exec("select nightowls.erase('person', 'subject', 'asked on 3 May')");
-            assert_eq!(
-                lines(
-                    &mut admin,
-                    &format!(
-                        "select chr(get_byte(data, 0)), position('asked on 3 May'::bytea in data) > 0
-                           from pg_logical_slot_get_binary_changes('{slot}', null, null, 'proto_version', '1', 'publication_names', 'inserts')
-                          where chr(get_byte(data, 0)) in ('I', 'U', 'D', 'T')"
-                    )
-                ),
-                ["I t"]
+            let mut service = db.service();
+            for _ in 0..10 {
+                append_subject(&mut service, "person", 500, &org);
+            }
+            service.exec("select nightowls.create_snapshot('person', 'subject')");
+            owner.exec("select nightowls.seek_time('mail', 'infinity')");
+            service.exec(
+                "select nightowls.compact_aggregate('person', 'subject', keep => 2500, max_ms => 600000)",
             );
-            admin.exec(&format!("select pg_drop_replication_slot('{slot}')"));
+            let before = rows_of(&db, &org);
+            assert!(before.iter().any(|row| row.contains("events_archive 2500")));
+
+            // Done and not committed.
+            service.exec("begin; select nightowls.erase('person', 'subject', 'asked')");
+            cluster.kill9_postmaster_and_restart();
+            assert_eq!(rows_of(&db, &org), before, "{install}: not committed");
+
+            // In the middle, each time after it has written more, until it is faster than the blow.
+            let mut blows = 0;
+            for written in (0..).map(|step| 50_000 * (4_u64.pow(step) - 1)) {
+                let mut dying = db.service();
+                let pid = dying.pid();
+                let mut watcher = db.superuser();
+                let start = text(&mut watcher, "select pg_current_wal_insert_lsn()");
+                let done = thread::scope(|scope| {
+                    let erasing = scope.spawn(move || {
+                        dying.try_exec("select nightowls.erase('person', 'subject', 'asked')")
+                    });
+                    wait_until("it has written so much", Duration::from_secs(60), || {
+                        text(
+                            &mut watcher,
+                            &format!(
+                                "select coalesce((select a.backend_xid is not null and pg_current_wal_insert_lsn() - '{start}' >= {written} or a.state = 'idle' and a.query like '%erase%'
+                                                    from pg_stat_activity a where a.pid = {pid}), true)"
+                            ),
+                        ) == "t"
+                    });
+                    cluster.kill9_postmaster_and_restart();
+                    erasing.join().expect("it ends").is_ok()
+                });
+                if rows_of(&db, &org) == before {
+                    assert!(!done, "{install}: what was committed is lost");
+                    blows += 1;
+                    continue;
+                }
+                assert_eq!(traces(&db, &org), Vec::<String>::new(), "{install}");
+                let mut service = db.service();
+                assert_eq!(
+                    lines(
+                        &mut service,
+                        "select count(*), max(version), count(*) filter (where event_type = 'nightowls.erased') from nightowls.all_events"
+                    ),
+                    ["5001 5001 5001"]
+                );
+                assert_eq!(
+                    text(
+                        &mut service,
+                        "select nightowls.erase('person', 'subject', 'again')"
+                    ),
+                    "0"
+                );
+                break;
+            }
+            assert!(blows >= 3, "{install}: {blows} blows fell in the middle");
         }
     });
 }

@@ -140,7 +140,7 @@ test_group() {
   build
   want pgbouncer pgbouncer
   pg=$("$root/scripts/server.sh" default)
-  for package in plpgsql-check wal2json cron; do
+  for package in plpgsql-check wal2json pglogical cron; do
     if [ -d "/usr/lib/postgresql/$pg" ]; then
       want "postgresql-$pg-$package"
     fi

@@ -383,7 +383,8 @@ impl Cluster {
     pub fn kill9_postmaster_and_restart(&self) {
         self.refuse_if_shared();
         let pid = self.postmaster();
-        kill("-KILL", &pid);
+        // A backend that outlived its postmaster would end what it is at, and commit it.
+        kill_all("-KILL", &children(&pid), &pid);
         wait_until("the postmaster is gone", Duration::from_secs(10), || {
             !Path::new("/proc").join(&pid).exists()
         });
@@ -395,18 +396,27 @@ impl Cluster {
 
     /// Stops the server in an orderly way and starts it again.
     pub fn restart(&self) {
-        self.refuse_if_shared();
-        let stopped = self
-            .as_server_user(self.bin("pg_ctl"))
-            .args(["--mode", "fast", "--wait", "--silent", "stop", "--pgdata"])
-            .arg(self.data())
-            .output();
-        succeeded("pg_ctl stop", stopped).unwrap_or_else(|reason| panic!("{reason}"));
+        self.stop("fast");
         assert!(
             self.try_start().expect("pg_ctl runs"),
             "the server does not start again:\n{}",
             self.log()
         );
+    }
+
+    /// Stops the server for good: `fast`, or `immediate` as a crash would.
+    ///
+    /// # Panics
+    ///
+    /// On the cluster that all tests share, and if it does not stop.
+    pub fn stop(&self, mode: &str) {
+        self.refuse_if_shared();
+        let stopped = self
+            .as_server_user(self.bin("pg_ctl"))
+            .args(["--mode", mode, "--wait", "--silent", "stop", "--pgdata"])
+            .arg(self.data())
+            .output();
+        succeeded("pg_ctl stop", stopped).unwrap_or_else(|reason| panic!("{reason}"));
     }
 
     /// A command that runs as the user of the server's files: never as root,
@@ -460,6 +470,32 @@ pub fn kill(signal: &str, pid: &str) {
         .args(["-c", "kill \"$@\"", "kill", signal, pid])
         .output();
     succeeded("kill", killed).unwrap_or_else(|reason| panic!("{reason}"));
+}
+
+/// Sends a signal to a process and then to its children; some of these may be gone.
+fn kill_all(signal: &str, children: &[String], pid: &str) {
+    let killed = Command::new("sh")
+        .args(["-c", "kill \"$@\" 2>/dev/null || true", "kill", signal, pid])
+        .args(children)
+        .output();
+    killed.unwrap_or_else(|error| panic!("no sh: {error}"));
+}
+
+/// The processes that a process has begun; none where the system does not tell.
+fn children(pid: &str) -> Vec<String> {
+    let stat = |entry: fs::DirEntry| {
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        // The name, in parentheses, may hold anything.
+        let (_, rest) = stat.rsplit_once(')')?;
+        (rest.split_whitespace().nth(1)? == pid)
+            .then(|| entry.file_name().to_string_lossy().into_owned())
+    };
+    fs::read_dir("/proc")
+        .into_iter()
+        .flatten()
+        .flatten()
+        .filter_map(stat)
+        .collect()
 }
 
 fn template(install: Install) -> &'static str {
