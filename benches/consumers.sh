@@ -3,7 +3,7 @@
 
 bench_consumers() {
   title 'Consumers'
-  local install one held seconds median least most events=600000 turns=15 late=5
+  local install one held seconds median least most events=400000 turns=15 late=5
   if [ "$mode" = quick ]; then events=60000 turns=3 late=2; fi
   out '' "- A cycle is \`fetch_events\` of 5 events and \`commit_offset\` in one transaction, of a log with $(thousands "$events") events to come." \
     '- "held": another session has a REPEATABLE READ transaction open in that database all the while; "free": nobody has. The two take turns, in' \

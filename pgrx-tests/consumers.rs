@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::fixture::{Random, default_org, is_blocked, lines, new_org, together};
 use crate::projections::{buffers, text};
 use crate::support::{
-    Db, Install, Refusal, SERVICE, SUPERUSER, Session, on_each_install, on_each_route, own_cluster,
-    quote, wait_until,
+    Cluster, Db, Install, Refusal, SERVICE, SUPERUSER, Session, on_each_install, on_each_route,
+    own_cluster, quote, wait_until,
 };
 
 /// Appends `count` events to each aggregate of `ids`, in turns.
@@ -257,6 +257,59 @@ fn two_members_split_the_aggregates_and_take_over_from_one_that_died() {
         assert_eq!(fetch(&mut service, "mail", ", member => 0").events, []);
         let third = service.refused("select * from nightowls.fetch_events('mail', member => 2)");
         assert_eq!(third.code, "22023", "{third}");
+    });
+}
+
+#[test]
+fn the_share_of_a_member_that_is_killed_passes_on_when_its_lease_ends() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut service = db.service();
+        let ids: Vec<String> = (0..20).map(|i| format!("cart {i}")).collect();
+        let ids: Vec<&str> = ids.iter().map(String::as_str).collect();
+        append(&mut service, &ids, 1);
+        service.exec("select nightowls.create_consumer('mail', members => 2)");
+        let zero = fetch(&mut service, "mail", ", member => 0");
+        service.exec(&commit("mail", zero.last(), zero.fence, 0));
+        // One dies with a lease that it has committed, another in the transaction that took it.
+        for (begin, lease) in [("", "1 second"), ("begin; ", "1 hour")] {
+            let mut dying = db.service();
+            let pid = dying.pid();
+            dying.exec(begin);
+            let lost = fetch(
+                &mut dying,
+                "mail",
+                &format!(", member => 1, lease => '{lease}'"),
+            );
+            assert_eq!(zero.ids().len() + lost.ids().len(), 20);
+            let until = text(
+                &mut db.superuser(),
+                "select coalesce(max(lease_until), '-infinity') from nightowls.consumer_lag where lease_member = 1",
+            );
+            db.superuser()
+                .exec(&format!("select pg_terminate_backend({pid}, 10000)"));
+            let taken = fetch(
+                &mut service,
+                "mail",
+                ", member => 0, max_wait => '10 seconds'",
+            );
+            assert_eq!(taken.events, lost.events);
+            assert_eq!(
+                text(
+                    &mut service,
+                    &format!(
+                        "select clock_timestamp() >= {until} and clock_timestamp() < greatest({until}, transaction_timestamp() - interval '1 second') + interval '5 seconds'",
+                        until = format_args!("{}::timestamptz", quote(&until))
+                    )
+                ),
+                "t",
+                "not before the lease ended, and soon after"
+            );
+            service.exec(&format!(
+                "select nightowls.renew_lease('mail', {}, '0')",
+                taken.fence
+            ));
+        }
     });
 }
 
@@ -886,7 +939,7 @@ fn in_two_steps(session: &mut Session, size: u64, member: u32) -> Result<(), Ref
 
 /// Two members work while `blows` times some events are appended and one of the
 /// blows falls. In the end every effect is there once, in order.
-fn survive(db: &Db, blows: u64, blow: impl Fn(&mut Random)) {
+fn survive(db: &Db, blows: u64, mut blow: impl FnMut(&mut Random)) {
     default_org(db);
     db.owner().exec(&format!(
         "create table public.effects (id bigint generated always as identity, position bigint, aggregate_id text, version bigint);
@@ -944,43 +997,88 @@ fn survive(db: &Db, blows: u64, blow: impl Fn(&mut Random)) {
     );
 }
 
-/// The plain install, whose functions are the same, gets fewer blows unless
-/// `NIGHTOWLS_FULL` is set.
+/// A member that is at work just now.
+fn busy_member(watcher: &mut Session, random: &mut Random) -> Option<String> {
+    let pids = watcher
+        .try_rows(&format!(
+            "select pid from pg_stat_activity where datname = current_database() and usename = '{SERVICE}'
+                and application_name = 'consumer' and state <> 'idle'"
+        ))
+        .ok()?;
+    if pids.is_empty() {
+        return None;
+    }
+    pids[random.below(pids.len() as u64) as usize][0].clone()
+}
+
+/// With `NIGHTOWLS_FULL` as many as the promise speaks of.
+fn blows(default: u64) -> u64 {
+    if std::env::var_os("NIGHTOWLS_FULL").is_some() {
+        200
+    } else {
+        default
+    }
+}
+
 #[test]
-fn killed_two_hundred_times_a_consumer_has_every_effect_once() {
+fn terminated_two_hundred_times_a_consumer_has_every_effect_once() {
     on_each_install(|db| {
-        let full =
-            db.install() == Install::Extension || std::env::var_os("NIGHTOWLS_FULL").is_some();
-        survive(db, if full { 200 } else { 50 }, |random| {
+        survive(db, 200, |random| {
             let mut watcher = db.superuser();
-            let mut killed = false;
-            wait_until("a member is killed", Duration::from_secs(30), || {
-                let pids = lines(
-                    &mut watcher,
-                    &format!(
-                        "select pid from pg_stat_activity where datname = current_database() and usename = '{SERVICE}'
-                            and application_name = 'consumer' and state <> 'idle'"
-                    ),
-                );
-                if !pids.is_empty() {
-                    let pid = &pids[random.below(pids.len() as u64) as usize];
-                    killed =
-                        text(&mut watcher, &format!("select pg_terminate_backend({pid})")) == "t";
-                }
-                killed
+            wait_until("a member is terminated", Duration::from_secs(30), || {
+                busy_member(&mut watcher, random).is_some_and(|pid| {
+                    text(&mut watcher, &format!("select pg_terminate_backend({pid})")) == "t"
+                })
             });
         });
     });
 }
 
+/// `kill -9` of a member's process, which the server answers by ending all others and
+/// recovering as after a crash; and five times of the server itself.
 #[test]
-fn killed_with_the_whole_server_a_consumer_has_every_effect_once() {
+fn killed_by_kill_9_a_consumer_has_every_effect_once() {
     own_cluster(|cluster| {
         for install in Install::ALL {
             let db = cluster.database(install);
-            survive(&db, 5, |_| cluster.kill9_postmaster_and_restart());
+            let count = blows(20);
+            let mut number = 0;
+            survive(&db, count + 5, |random| {
+                number += 1;
+                if number % (count / 5 + 1) == 0 {
+                    cluster.kill9_postmaster_and_restart();
+                    return;
+                }
+                let before = crashes(cluster);
+                let mut watcher = db.superuser();
+                wait_until("a member is killed", Duration::from_secs(30), || {
+                    busy_member(&mut watcher, random).is_some_and(|pid| kills(&pid))
+                });
+                wait_until("the server has recovered", Duration::from_secs(60), || {
+                    crashes(cluster) > before
+                        && Session::connect(cluster.port(), db.name(), SERVICE).is_ok()
+                });
+            });
         }
     });
+}
+
+/// How often the server has answered the death of a process by starting anew.
+fn crashes(cluster: &Cluster) -> usize {
+    cluster
+        .log()
+        .matches("all server processes terminated; reinitializing")
+        .count()
+}
+
+/// Whether a process was there to be killed.
+fn kills(pid: &str) -> bool {
+    std::process::Command::new("sh")
+        .args(["-c", "kill -KILL \"$1\"", "kill", pid])
+        .stderr(std::process::Stdio::null())
+        .status()
+        .expect("sh is there")
+        .success()
 }
 
 #[test]

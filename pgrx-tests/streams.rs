@@ -3,6 +3,7 @@
 use crate::dump::by_psql_as;
 use crate::fixture::{Random, default_org, lines, new_org};
 use crate::projections::text;
+use crate::snapshots::long_history;
 use crate::support::{
     APP, Db, Install, SERVICE, STRANGER, SUPERUSER, Session, on_each_install, quote,
 };
@@ -392,10 +393,7 @@ fn assert_indexed(session: &mut Session, who: &str, sql: &str) {
 /// At 200,000 events; NIGHTOWLS_STREAM_EVENTS=1000000 takes a million.
 #[test]
 fn no_view_of_a_stream_scans_the_log() {
-    let events: u64 = std::env::var("NIGHTOWLS_STREAM_EVENTS")
-        .ok()
-        .and_then(|number| number.parse().ok())
-        .unwrap_or(200_000);
+    let events = long_history(200_000);
     on_each_install(|db| {
         let org = default_org(db);
         let mut superuser = db.superuser();

@@ -1067,6 +1067,7 @@ create function nightowls._fold_tail(
   parallel safe
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
+  set jit to off
 as $$
 #variable_conflict use_column
 declare
