@@ -1067,6 +1067,9 @@ create function nightowls._fold_tail(
   parallel safe
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
+  set enable_sort to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
