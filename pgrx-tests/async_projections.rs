@@ -332,7 +332,7 @@ fn who_had_no_turn_comes_first_in_the_next_call_however_busy_the_others_are() {
                 &mut service,
                 "select org_id from nightowls.run_projections()",
             );
-            assert_eq!(turn.len(), if round < 2 { 25 } else { 10 + 15 }, "{turn:?}");
+            assert_eq!(turn.len(), 25, "{turn:?}");
             let locks: i64 = text(
                 &mut service,
                 "select count(*) from pg_locks where pid = pg_backend_pid() and locktype = 'advisory'",
