@@ -41,8 +41,10 @@ comment on column nightowls.topic_bindings.queue_id is 'The queue.';
 comment on column nightowls.topic_bindings.regex is 'The pattern as a regular expression.';
 comment on column nightowls.topic_bindings.created_at is 'When the binding was made.';
 
--- Puts messages into a queue, without any of the checks of send: what they are made of has been through others. Groups are
--- locked in the order of their keys before the numbers are drawn, as in _send_batch. Each array has one element a message, or is null.
+-- Puts messages into a queue, without any of the checks of send: what they are made of has been through others. Each array has one element a
+-- message, or is null. Nobody is waited for: a worker that has acked the head of a group has it locked until it commits, and whoever appends, perhaps
+-- with a key that the worker is about to wait for, must not wait for it. Where the lock cannot be had, word is left. (A send waits, so that numbers of
+-- a group are drawn in the order of commits. Events of an aggregate are in that order anyhow: their key sees to it.)
 create function nightowls._enqueue(
   queue      nightowls.queues,
   messages   jsonb[],
@@ -75,13 +77,6 @@ begin
     v_groups := array(
       select distinct u.group_key from unnest(_enqueue.group_keys) as u (group_key) where u.group_key is not null order by u.group_key);
     v_alone := v_alone - cardinality(array_remove(_enqueue.group_keys, null));
-    if cardinality(v_groups) > 24 then
-      perform nightowls._lock_all_groups(v_org, v_queue);
-    else
-      foreach v_group in array v_groups loop
-        perform nightowls._lock_group(v_org, v_queue, v_group, true);
-      end loop;
-    end if;
   end if;
   if _enqueue.priorities is not null then
     foreach v_priority in array array(select distinct u.priority from unnest(_enqueue.priorities) as u (priority) where u.priority > 0) loop
@@ -104,12 +99,7 @@ begin
   select array_agg(s.msg_id) into v_ids from sent s;
   perform nightowls._announce(v_org, v_queue, v_alone);
   foreach v_group in array v_groups loop
-    if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
-      -- The snapshot is too old to see who else is in the group.
-      perform nightowls._leave_word(v_org, v_queue, v_group);
-    else
-      perform nightowls._advance_group(v_org, v_queue, v_group);
-    end if;
+    perform nightowls._go_on(v_org, v_queue, v_group);
   end loop;
   return v_ids;
 end;

@@ -75,8 +75,8 @@ comment on function nightowls.replay(text, timestamptz, timestamptz, text, int, 
   'Sends archived messages of a queue again and returns how many: as new messages, with new ids, in the order in which they were first sent, with their message, headers, group and '
   'priority, without their dedup keys; the archive keeps the old ones. source says where each came from. queue: whose archive; since, until: archived '
   'from then on and before then, null without limit; into_queue: where to, by default the same queue; max_messages: if there are more, nothing is sent; org: the tenant. '
-  'All or none, and each call sends anew: to have it once whatever is retried, say where nightowls.once(''replay'', …). Waits for open sends to the same '
-  'groups, and for an erasure. Raises NW007 if a queue does not exist, 54000 if there are more than max_messages, 25001 above read committed, NW010 if there is no org, 22004 or 22023 for '
+  'All or none, and each call sends anew: to have it once whatever is retried, say where nightowls.once(''replay'', …). Waits for an '
+  'erasure, and for nobody else. Raises NW007 if a queue does not exist, 54000 if there are more than max_messages, 25001 above read committed, NW010 if there is no org, 22004 or 22023 for '
   'an argument that is null or not valid.';
 
 revoke all on function nightowls.replay(text, timestamptz, timestamptz, text, int, uuid) from public;
