@@ -1,6 +1,6 @@
 -- Process: messages handled and acked in one transaction.
 
--- Whether nothing is left of a message but its word, or it is somebody else's: its handler has settled it.
+-- Acks a message that was handled. One that its handler has settled, or has put off, is left as the handler left it.
 -- Definer: nobody else may write to the queue's tables.
 create function nightowls._settle_processed(org uuid, name text, msg_id bigint, receipt uuid)
   returns void
