@@ -3,7 +3,7 @@
 use std::sync::Barrier;
 use std::thread;
 
-use crate::support::{Db, SUPERUSER, Session, quote};
+use crate::support::{Db, Refusal, SUPERUSER, Session, quote};
 
 /// Makes an org, the default of the database; returns its id.
 #[track_caller]
@@ -128,4 +128,16 @@ impl Random {
     pub fn chance(&mut self, percent: u64) -> bool {
         self.below(100) < percent
     }
+}
+
+/// What `user` gets for `sql` in a transaction of its own on a member's session,
+/// as an API runs it; nothing of it stays in the session.
+pub fn as_user(session: &mut Session, user: &str, sql: &str) -> Result<Vec<String>, Refusal> {
+    session.exec(&format!(
+        "begin; select set_config('nightowls.user_id', {}, true)",
+        quote(user)
+    ));
+    let answer = session.try_rows(sql);
+    session.exec(if answer.is_ok() { "commit" } else { "rollback" });
+    answer.map(joined)
 }

@@ -1,6 +1,7 @@
 //! The suite: a client of throwaway servers that sees nightowls as any program
 //! sees it. `make test` runs it; README.md says how to run one test alone.
 
+mod agents;
 mod api;
 mod append;
 mod append_only;
@@ -23,6 +24,9 @@ mod harness;
 mod horizon;
 mod import;
 mod locks;
+mod matrix;
+mod members;
+mod messages;
 mod migration;
 mod once;
 mod orm;
@@ -41,6 +45,10 @@ mod read_models;
 mod readme;
 mod replay;
 mod routing;
+mod redact;
+mod runs;
+mod scratchpad;
+mod security;
 mod snapshots;
 mod streams;
 mod supabase;

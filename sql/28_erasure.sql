@@ -43,7 +43,17 @@ begin atomic
          ('floor_tickets', null, 'who waits for what, while they wait'),
          ('floor_marks', null, 'numbers'),
          ('published_changes', null, 'definitions'),
-         ('streams', null, 'definitions');
+         ('streams', null, 'definitions'),
+         ('agents', null, 'names and places'),
+         ('agent_versions', '_erase_agent', null),
+         ('audit_log', null, 'who changed what, without its content: the record that is kept'),
+         ('redaction_rules', null, 'settings'),
+         ('threads', '_erase_swarm', null),
+         ('runs', '_erase_swarm', null),
+         ('run_snapshots', '_erase_swarm', null),
+         ('messages', '_erase_swarm', null),
+         ('scratchpad', '_erase_swarm', null),
+         ('followups', '_erase_swarm', null);
 end;
 
 revoke all on function nightowls._subject_tables() from public;

@@ -29,6 +29,10 @@ begin
                  'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
   execute format('grant select on nightowls.queues, nightowls.queue_messages, nightowls.queue_marks, nightowls.queue_due_marks, '
                  'nightowls.queue_dedup, nightowls.queue_archive, nightowls.queue_bindings, nightowls.topic_bindings, nightowls.once_keys to %I', grant_service.role);
+  execute format('grant select on nightowls.agents, nightowls.agent_versions, nightowls.audit_log, nightowls.threads, nightowls.runs, '
+                 'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.followups, nightowls.redaction_rules to %I', grant_service.role);
+  -- So that a direct write is told why it is refused.
+  execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
     execute format('grant select on %s to %I', v_view, grant_service.role);
   end loop;
@@ -62,15 +66,76 @@ create function nightowls._owner_functions()
   parallel safe
   return array['create_stream_join', 'create_enrichment', 'create_table_join', 'drop_stream', '_make_stream',
                'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
-               'grant_service', '_owner_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
+               'grant_service', 'grant_member', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 
 revoke all on function nightowls._owner_functions() from public;
+
+-- What members may call: each of these runs with the caller's rights under the policies, or checks by itself that the caller is a
+-- member of the org it touches.
+create function nightowls._member_functions()
+  returns text[]
+  language sql
+  immutable
+  parallel safe
+  return array['version', 'current_org', 'add_member', 'change_member', 'remove_member', 'append_message', 'list_messages',
+               'list_run_events', '_post_message', '_list_messages_redacted', '_my_thread', '_my_run', '_my_message', '_my_run_events',
+               '_check_max_events', '_refuse_snapshot', '_org_class', '_wake_count', '_nap',
+               '_is_service', '_is_member', '_user_id', '_resolve_org', '_member_orgs', '_manage_member'];
+
+revoke all on function nightowls._member_functions() from public;
+
+create function nightowls.grant_member(role text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_function regprocedure;
+begin
+  if grant_member.role is null then
+    raise exception 'role must not be null' using errcode = 'null_value_not_allowed';
+  elsif not exists (select from pg_roles r where r.rolname = grant_member.role) then
+    raise exception 'role "%" does not exist', left(grant_member.role, 64) using errcode = 'undefined_object';
+  end if;
+
+  execute format('grant usage on schema nightowls to %I', grant_member.role);
+  execute format('grant select on nightowls.orgs, nightowls.org_members, nightowls.my_threads, nightowls.my_runs, nightowls.my_messages, '
+                 'nightowls.my_run_events to %I', grant_member.role);
+  -- What the views need, and none of the contents.
+  execute format('grant select (org_id, thread_id, resource_id, created_at) on nightowls.threads to %I', grant_member.role);
+  execute format('grant select (org_id, run_id, thread_id, parent_run_id, agent, agent_version, resource_id, status, created_at, updated_at, '
+                 'started_at, finished_at) on nightowls.runs to %I', grant_member.role);
+  execute format('grant select (org_id, thread_id, seq, message_id, role, author_type, author_id, run_id, created_at) '
+                 'on nightowls.messages to %I', grant_member.role);
+
+  for v_function in
+    select p.oid::regprocedure
+      from pg_proc p
+     where p.pronamespace = 'nightowls'::regnamespace and p.proname = any (nightowls._member_functions())
+  loop
+    execute format('grant execute on routine %s to %I', v_function, grant_member.role);
+  end loop;
+end;
+$$;
+
+comment on function nightowls.grant_member(text) is
+  'Gives a role the rights of members: who comes as this role reads and does, in the orgs that its user id is a member of, what docs/security.md lists, '
+  'and nothing elsewhere. role: its name. The user id is the sub of the JWT, else the setting nightowls.user_id: so give it to a role that an API or server '
+  'of yours uses, which sets these, and not to one that users log in with. Owner only. Raises 42704 if the role does not exist, 22004 if role is null.';
+
+revoke all on function nightowls.grant_member(text) from public;
 
 do $$
 begin
   if exists (select from pg_catalog.pg_roles r where r.rolname = 'service_role') then
     perform nightowls.grant_service('service_role');
+  end if;
+  if exists (select from pg_catalog.pg_roles r where r.rolname = 'authenticated') then
+    perform nightowls.grant_member('authenticated');
   end if;
 end;
 $$;

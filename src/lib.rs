@@ -8,6 +8,7 @@
 //! | [`install`] | the ordered list of SQL files |
 //! | [`migration`] | that list as an extension script or as migrations |
 //! | [`fold`] | folding events into state |
+//! | [`redact`] | taking secrets out of JSON |
 //! | [`wait`] | sleeping until a transaction has committed |
 
 #[cfg(feature = "extension")]
@@ -15,6 +16,7 @@ mod error;
 pub mod fold;
 pub mod install;
 pub mod migration;
+pub mod redact;
 pub mod wait;
 
 #[cfg(feature = "extension")]

@@ -15,7 +15,7 @@ use nightowls::migration;
 
 use super::database::Db;
 use super::session::{Refusal, Session};
-use super::{APP, Install, OWNER, SERVICE, STRANGER, SUPERUSER, pooler, wait_until};
+use super::{APP, Install, MEMBER, OWNER, SERVICE, STRANGER, SUPERUSER, pooler, wait_until};
 
 /// Where a text stays a text: an unusual time zone and date style bring to
 /// light what depends on them.
@@ -195,6 +195,7 @@ impl Cluster {
         Session::connect(self.port, "postgres", SUPERUSER)?.try_exec(&format!(
             "create role {OWNER} login createdb createrole bypassrls nosuperuser; \
              create role {SERVICE} login; \
+             create role {MEMBER} login; \
              create role {STRANGER} login; \
              create role {APP} login"
         ))
@@ -284,7 +285,9 @@ impl Cluster {
             }
         }
         session
-            .try_exec(&format!("select nightowls.grant_service('{SERVICE}')"))
+            .try_exec(&format!(
+                "select nightowls.grant_service('{SERVICE}'), nightowls.grant_member('{MEMBER}')"
+            ))
             .map_err(|refusal| refusal.to_string())
     }
 

@@ -32,6 +32,8 @@ pub const SUPERUSER: &str = "postgres";
 pub const OWNER: &str = "owl_owner";
 /// Has the service's rights, by `grant_service`.
 pub const SERVICE: &str = "owl_service";
+/// Has the members' rights, by `grant_member`; who it is says `nightowls.user_id`.
+pub const MEMBER: &str = "owl_member";
 /// May log in; nothing was ever granted to it.
 pub const STRANGER: &str = "owl_stranger";
 /// An ordinary role that may create functions and tables in schema public.

@@ -46,7 +46,7 @@ thread_local! {
 }
 
 /// A jsonb on its way back to SQL; `None` is null.
-struct Jsonb(Option<pg_sys::Datum>);
+pub(crate) struct Jsonb(pub(crate) Option<pg_sys::Datum>);
 
 // SAFETY: the datum is a jsonb made in the calling context, or the null flag is set.
 unsafe impl BoxRet for Jsonb {
@@ -506,7 +506,10 @@ impl Layout {
 /// # Safety
 ///
 /// `fcinfo` must be that of a call with so many arguments.
-unsafe fn argument(fcinfo: pg_sys::FunctionCallInfo, number: usize) -> Option<pg_sys::Datum> {
+pub(crate) unsafe fn argument(
+    fcinfo: pg_sys::FunctionCallInfo,
+    number: usize,
+) -> Option<pg_sys::Datum> {
     // SAFETY: by this function's own condition.
     unsafe { pg_getarg_datum(fcinfo, number) }
 }
@@ -590,7 +593,7 @@ fn parse<'a>(text: &'a str, what: &str, max_depth: usize) -> Result<Json<'a>, Er
 /// # Safety
 ///
 /// The datum must be a jsonb; the text must not outlive the memory context.
-unsafe fn jsonb_text<'a>(datum: pg_sys::Datum) -> Result<Cow<'a, str>, ErrorReport> {
+pub(crate) unsafe fn jsonb_text<'a>(datum: pg_sys::Datum) -> Result<Cow<'a, str>, ErrorReport> {
     // SAFETY: a detoasted jsonb has its four-byte header before its root.
     unsafe {
         let jsonb = pg_sys::pg_detoast_datum(datum.cast_mut_ptr()).cast::<pg_sys::Jsonb>();
@@ -652,6 +655,11 @@ fn jsonb(state: &State) -> Result<Jsonb, ErrorReport> {
     };
     let mut text = String::new();
     state.write(&mut text);
+    jsonb_of(text)
+}
+
+/// The jsonb that `text` is.
+pub(crate) fn jsonb_of(text: String) -> Result<Jsonb, ErrorReport> {
     let length = text.len();
     let text = CString::new(text).map_err(|_| internal("a state holds a zero byte"))?;
     // SAFETY: jsonb_in() takes a C string in the server's encoding.

@@ -183,6 +183,14 @@ impl<'a> Object<'a> {
         self.0.iter().map(|(key, value)| (key.as_ref(), value))
     }
 
+    /// The members, in order, their values to be changed.
+    pub fn iter_mut(&mut self) -> impl Iterator<Item = (&str, &mut Json<'a>)> {
+        self.0.iter_mut().map(|(key, value)| {
+            let key: &Cow<'a, str> = key;
+            (key.as_ref(), value)
+        })
+    }
+
     /// How many members there are.
     pub fn len(&self) -> usize {
         self.0.len()

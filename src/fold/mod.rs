@@ -13,7 +13,7 @@ pub mod json;
 pub mod reducer;
 
 #[cfg(feature = "extension")]
-mod extern_layer;
+pub(crate) mod extern_layer;
 
 pub use apply::{Event, FoldError};
 pub use decimal::Decimal;
