@@ -23,7 +23,77 @@ const WHO: [(&str, Option<&str>, &str); 8] = [
 /// For select `b` sees the rows of both orgs, `o` those of the first, `f` those of the other (where the foreign member is at
 /// home), `n` none, `*` what belongs to no org. For the others `y` is let through, `g` refused by a guard, whoever asks
 /// (NW008, NW004, 55000), `v` not possible with such a view. `-` is no right (42501).
-const RELATIONS: &[(&str, &str)] = &[];
+const RELATIONS: &[(&str, &str)] = &[
+    (
+        "_consumer_failures",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "_consumer_offsets",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "_projection_states",
+        "bggg b--- ---- ---- ---- ---- ---- ----",
+    ),
+    ("_replays", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    ("_sweeps", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("agent_versions", "bggg bgg- ---- ---- ---- ---- ---- ----"),
+    ("agents", "bggg bgg- ---- ---- ---- ---- ---- ----"),
+    ("all_events", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
+    ("audit_log", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    (
+        "compaction_policies",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    ("compactions", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("consumer_lag", "nggg nggg -ggg -ggg -ggg -ggg -ggg ----"),
+    ("consumers", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("events", "bygg by-- ---- ---- ---- ---- ---- ----"),
+    ("events_archive", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    ("floor_marks", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("floor_status", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
+    ("floor_tickets", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("floors", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("followups", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("imports", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("messages", "byyy b--- o--- o--- o--- f--- n--- ----"),
+    ("my_messages", "nggg -ggg oggg oggg oggg fggg nggg ----"),
+    ("my_run_events", "nggg -ggg oggg oggg oggg fggg nggg ----"),
+    ("my_runs", "nggg -ggg oggg oggg oggg fggg nggg ----"),
+    ("my_threads", "nggg -ggg oggg oggg oggg fggg nggg ----"),
+    ("once_keys", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("org_members", "byyg byyg o--- o--- o--- f--- n--- ----"),
+    ("orgs", "byyy byyy o--- o--- o--- f--- n--- ----"),
+    ("parked_events", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
+    ("progress", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
+    (
+        "projection_states",
+        "bggg b--- ---- ---- ---- ---- ---- ----",
+    ),
+    ("projections", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    (
+        "published_changes",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    ("queue_archive", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("queue_bindings", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("queue_dedup", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("queue_due_marks", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("queue_marks", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("queue_messages", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("queues", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("redaction_rules", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("routes", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("run_snapshots", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("runs", "byyy b--- o--- o--- o--- f--- n--- ----"),
+    ("scratchpad", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("settings", "*yyy *yyy ---- ---- ---- ---- ---- ----"),
+    ("snapshots", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    ("streams", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("threads", "byyy b--- o--- o--- o--- f--- n--- ----"),
+    ("topic_bindings", "byyy b--- ---- ---- ---- ---- ---- ----"),
+];
 
 /// The columns that members may read, where it is not all of them or none.
 const COLUMNS: &[(&str, &str)] = &[

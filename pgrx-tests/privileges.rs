@@ -493,7 +493,10 @@ const CALLS: &[(&str, &str)] = &[
         "append_many",
         r#"select nightowls.append_many('[{"aggregate_type": "order", "aggregate_id": "b", "events": [{"event_type": "noted"}]}]')"#,
     ),
-    ("append_message", "select nightowls.create_thread('th'); select nightowls.append_message('th', '{}')"),
+    (
+        "append_message",
+        "select nightowls.create_thread('th'); select nightowls.append_message('th', '{}')",
+    ),
     ("archive", "select nightowls.archive('jobs', 2)"),
     (
         "archive_many",
@@ -509,8 +512,14 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.bind('jobs', '{\"event_types\": [\"noted\"]}')",
     ),
     ("bind_topic", "select nightowls.bind_topic('a.*', 'jobs')"),
-    ("cancel_followup", "select nightowls.create_thread('th'); select nightowls.cancel_followup(nightowls.create_followup('th', now()))"),
-    ("change_member", "select nightowls.change_member('ann', 'admin')"),
+    (
+        "cancel_followup",
+        "select nightowls.create_thread('th'); select nightowls.cancel_followup(nightowls.create_followup('th', now()))",
+    ),
+    (
+        "change_member",
+        "select nightowls.change_member('ann', 'admin')",
+    ),
     ("check_reducer", "select nightowls.check_reducer('{}')"),
     ("claim_followups", "select nightowls.claim_followups()"),
     (
@@ -523,7 +532,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.compact_aggregate('order', 'a', 1000000)",
     ),
     ("create_consumer", "select nightowls.create_consumer('d')"),
-    ("create_followup", "select nightowls.create_thread('th'); select nightowls.create_followup('th', now())"),
+    (
+        "create_followup",
+        "select nightowls.create_thread('th'); select nightowls.create_followup('th', now())",
+    ),
     ("create_org", "select nightowls.create_org('new')"),
     (
         "create_projection",
@@ -568,7 +580,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.seek('c', 0); select nightowls.fail_event('c', min(position), 'x', max(fence)) from nightowls.fetch_events('c')",
     ),
     ("fetch_events", "select nightowls.fetch_events('c')"),
-    ("finish_followup", "select nightowls.create_thread('th'); select nightowls.finish_followup(nightowls.create_followup('th', now()), gen_random_uuid())"),
+    (
+        "finish_followup",
+        "select nightowls.create_thread('th'); select nightowls.finish_followup(nightowls.create_followup('th', now()), gen_random_uuid())",
+    ),
     (
         "fold_events",
         "select nightowls.fold_events('{}', e order by e.version) from nightowls.events e",
@@ -577,19 +592,28 @@ const CALLS: &[(&str, &str)] = &[
         "fold_state",
         "select nightowls.fold_state('{}', null, '[]')",
     ),
-    ("get_agent", "select nightowls.publish_agent_version('seer', '{}'); select nightowls.get_agent('seer')"),
+    (
+        "get_agent",
+        "select nightowls.publish_agent_version('seer', '{}'); select nightowls.get_agent('seer')",
+    ),
     (
         "heartbeat_floor",
         "select nightowls.heartbeat_floor('c', 'a', fence) from nightowls.floors",
     ),
     ("last_event", "select nightowls.last_event('order', 'a')"),
     ("leave_floor", "select nightowls.leave_floor('c', 'a', 1)"),
-    ("list_agent_versions", "select nightowls.list_agent_versions('sage')"),
+    (
+        "list_agent_versions",
+        "select nightowls.list_agent_versions('sage')",
+    ),
     ("list_bindings", "select nightowls.list_bindings()"),
     ("list_messages", "select nightowls.list_messages('th')"),
     ("list_queues", "select nightowls.list_queues()"),
     ("list_run_events", "select nightowls.list_run_events('rv')"),
-    ("load_run_snapshot", "select nightowls.load_run_snapshot('rv')"),
+    (
+        "load_run_snapshot",
+        "select nightowls.load_run_snapshot('rv')",
+    ),
     (
         "nack",
         "select nightowls.nack('jobs', 6, '00000000-0000-4000-8000-000000000000')",
@@ -610,7 +634,10 @@ const CALLS: &[(&str, &str)] = &[
         "process",
         "select nightowls.process('jobs', 'public.handle', 9)",
     ),
-    ("publish_agent_version", "select nightowls.publish_agent_version('sage', '{}')"),
+    (
+        "publish_agent_version",
+        "select nightowls.publish_agent_version('sage', '{}')",
+    ),
     ("purge_archive", "select nightowls.purge_archive('jobs')"),
     ("purge_queue", "select nightowls.purge_queue('jobs')"),
     ("read", "select nightowls.read('jobs')"),
@@ -652,14 +679,29 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.restore_aggregate('order', 'a')",
     ),
     ("resume_queue", "select nightowls.resume_queue('jobs')"),
-    ("rollback_agent_version", "select nightowls.publish_agent_version('owl', '{}'); select nightowls.rollback_agent_version('owl', 1)"),
+    (
+        "rollback_agent_version",
+        "select nightowls.publish_agent_version('owl', '{}'); select nightowls.rollback_agent_version('owl', 1)",
+    ),
     ("run_projections", "select nightowls.run_projections()"),
-    ("save_run_snapshot", "select nightowls.start_run('rv'); select nightowls.save_run_snapshot('rv', '{}')"),
+    (
+        "save_run_snapshot",
+        "select nightowls.start_run('rv'); select nightowls.save_run_snapshot('rv', '{}')",
+    ),
     ("scan_for", "select nightowls.scan_for('nowhere')"),
-    ("scratchpad_delete", "select nightowls.scratchpad_delete('s', 'k')"),
-    ("scratchpad_get", "select nightowls.scratchpad_get('s', 'k')"),
+    (
+        "scratchpad_delete",
+        "select nightowls.scratchpad_delete('s', 'k')",
+    ),
+    (
+        "scratchpad_get",
+        "select nightowls.scratchpad_get('s', 'k')",
+    ),
     ("scratchpad_list", "select nightowls.scratchpad_list('s')"),
-    ("scratchpad_put", "select nightowls.scratchpad_put('s', 'k', '1')"),
+    (
+        "scratchpad_put",
+        "select nightowls.scratchpad_put('s', 'k', '1')",
+    ),
     ("seek", "select nightowls.seek('c', 0)"),
     ("seek_time", "select nightowls.seek_time('c', now())"),
     ("send", "select nightowls.send('jobs', '1', priority => 3)"),
@@ -676,8 +718,14 @@ const CALLS: &[(&str, &str)] = &[
         "set_default_org",
         "select nightowls.set_default_org(nightowls.current_org())",
     ),
-    ("set_redaction_rules", "select nightowls.set_redaction_rules('{}')"),
-    ("set_run_status", "select nightowls.start_run('rs'); select nightowls.set_run_status('rs', 'running')"),
+    (
+        "set_redaction_rules",
+        "select nightowls.set_redaction_rules('{}')",
+    ),
+    (
+        "set_run_status",
+        "select nightowls.start_run('rs'); select nightowls.set_run_status('rs', 'running')",
+    ),
     (
         "set_snapshot_policy",
         "select nightowls.set_snapshot_policy('tally', 2), nightowls.set_snapshot_policy('handled', 2)",
