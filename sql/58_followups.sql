@@ -38,8 +38,8 @@ create function nightowls._create_followup(org uuid, thread_id text, agent text,
 as $$
 #variable_conflict use_column
 declare
-  v_queue nightowls.queues;
-  v_delay numeric := greatest(ceil(extract(epoch from _create_followup.due_at - clock_timestamp())), 0);
+  v_delay numeric := case when isfinite(_create_followup.due_at)
+                          then greatest(ceil(extract(epoch from _create_followup.due_at - clock_timestamp())), 0) end;
   v_id    bigint;
 begin
   perform nightowls._check_text('thread_id', _create_followup.thread_id, true);
@@ -47,21 +47,13 @@ begin
   perform nightowls._check_json('payload', _create_followup.payload, null, true);
   if _create_followup.due_at is null then
     raise exception 'due_at must not be null' using errcode = 'null_value_not_allowed';
-  elsif not isfinite(_create_followup.due_at) or v_delay > 2147483647 then
+  elsif v_delay is null or v_delay > 2147483647 then
     raise exception 'due_at is too far away' using errcode = 'invalid_parameter_value', hint = 'At most 68 years.';
   elsif not exists (
        select from nightowls.threads t where t.org_id = _create_followup.org and t.thread_id = _create_followup.thread_id) then
     perform nightowls._refuse_thread(_create_followup.thread_id);
   elsif not exists (select from nightowls.queues q where q.org_id = _create_followup.org and q.name = 'followups') then
-    v_queue.org_id := _create_followup.org;
-    v_queue.name := 'followups';
-    v_queue.vt := 60;
-    v_queue.backoff := '1 second';
-    v_queue.max_backoff := '1 hour';
-    v_queue.on_other_body := 'raise';
-    v_queue.archive_acked := false;
-    v_queue.retention := '30 days';
-    perform nightowls._create_queue(v_queue);
+    perform nightowls.create_queue('followups', vt => 60, org => _create_followup.org);
   end if;
   v_id := nextval('nightowls.followups_followup_id_seq');
   insert into nightowls.followups (org_id, followup_id, thread_id, agent, payload, due_at, msg_id)
