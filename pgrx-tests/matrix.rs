@@ -424,7 +424,7 @@ fn private_functions_tell_a_member_nothing_of_another_org() {
                 _ => match &answer {
                     Ok(rows) => rows
                         .iter()
-                        .all(|row| ["f", "false", "null"].contains(&row.as_str())),
+                        .all(|row| ["f", "false", "null", ""].contains(&row.as_str())),
                     Err(code) => ["42501", "NW010", "22004"].contains(&code.as_str()),
                 },
             };

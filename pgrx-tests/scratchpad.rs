@@ -157,9 +157,9 @@ fn a_followup_is_given_out_when_it_is_due_to_one_worker_at_a_time() {
         );
         service.exec(
             "select nightowls.create_followup('t', now() + interval '1 hour', '\"later\"');
-             select nightowls.create_followup('t', now() - interval '1 hour', jsonb_build_object('n', i), 'sage') from generate_series(1, 20) i;
-             begin; select nightowls.create_followup('t', now(), '\"never\"'); rollback",
+             select nightowls.create_followup('t', now() - interval '1 hour', jsonb_build_object('n', i), 'sage') from generate_series(1, 20) i",
         );
+        service.exec("begin; select nightowls.create_followup('t', now(), '\"never\"'); rollback");
         let claimed = together(
             4,
             |_| db.service(),

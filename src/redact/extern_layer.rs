@@ -24,7 +24,7 @@ fn redact(fcinfo: pg_sys::FunctionCallInfo) -> Result<Jsonb, ErrorReport> {
             None => Rules::default(),
             Some(rules) => Json::parse(&jsonb_text(rules)?, MAX_DEPTH)
                 .ok()
-                .and_then(|rules| Rules::parse(&rules).ok())
+                .and_then(|rules| Rules::parse(&rules))
                 .ok_or_else(|| {
                     invalid("rules are not valid").set_hint(
                         "Rules are {\"keys\": [text, …], \"words\": [text, …], \"allow\": [text, …]}; all keys are optional, no text is empty.",

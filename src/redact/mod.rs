@@ -112,34 +112,29 @@ enum Before {
 }
 
 impl Rules {
-    /// Reads `{"keys": […], "words": […], "allow": […]}`; all are optional.
-    ///
-    /// # Errors
-    ///
-    /// Nothing but that it is not of this shape.
-    pub fn parse(rules: &Json<'_>) -> Result<Self, ()> {
+    /// Reads `{"keys": […], "words": […], "allow": […]}`, all optional; `None` if it is not of this shape.
+    pub fn parse(rules: &Json<'_>) -> Option<Self> {
         let Json::Object(object) = rules else {
-            return Err(());
+            return None;
         };
         let mut read = Self::default();
         for (key, patterns) in object.iter() {
             let Json::Array(patterns) = patterns else {
-                return Err(());
+                return None;
             };
             let patterns = patterns
                 .iter()
                 .map(|pattern| pattern.as_str().filter(|text| !text.is_empty()))
-                .collect::<Option<Vec<_>>>()
-                .ok_or(())?;
+                .collect::<Option<Vec<_>>>()?;
             let plain = || patterns.iter().map(|name| plain_name(name)).collect();
             match key {
                 "keys" => read.names = plain(),
                 "allow" => read.allowed = plain(),
                 "words" => read.words = patterns.iter().map(|word| (*word).to_owned()).collect(),
-                _ => return Err(()),
+                _ => return None,
             }
         }
-        Ok(read)
+        Some(read)
     }
 
     /// Takes the secrets out of `value`; whether there were any.
