@@ -253,9 +253,7 @@ fn an_agent_publishes_and_rolls_back_by_no_way_at_all() {
                 for call in [
                     format!("select nightowls.publish_agent_version('sage', '{{}}', '{agent}')"),
                     format!("select nightowls.rollback_agent_version('sage', 1, '{agent}')"),
-                    format!(
-                        "select nightowls.publish_agent_version('new', '{{}}', '{{\"type\": \" Agent \"}}')"
-                    ),
+                    "select nightowls.publish_agent_version('new', '{}', '{\"type\": \" Agent \"}')".to_owned(),
                     format!(
                         "select nightowls._publish_agent('{org}', 'sage', '{{}}', '{agent}', null, null)"
                     ),
