@@ -39,6 +39,8 @@ mod queue_dedup;
 mod queue_groups;
 mod queue_input;
 mod queue_marks;
+mod queue_plans;
+mod queue_stress;
 mod queue_tick;
 mod queue_wait;
 mod read_models;

@@ -444,7 +444,7 @@ begin
      where m.ctid = c.tid
     returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
   get diagnostics v_count = row_count;
-  if v_count = read.qty and random() > 0.125 then
+  if v_count = read.qty and random() > 0.0625 then
     return;
   end if;
   perform nightowls._check_read(read.vt, read.qty);
@@ -649,7 +649,7 @@ begin
      where m.ctid = c.tid and c.odd is not true
     returning m.msg_id, m.read_ct + 1, m.enqueued_at, c.now, m.due_at, m.message, m.headers, null::uuid;
   get diagnostics v_count = row_count;
-  if v_count = pop.qty and random() > 0.125 then
+  if v_count = pop.qty and random() > 0.0625 then
     return;
   end if;
   perform nightowls._check_read(0, pop.qty);

@@ -1,0 +1,2 @@
+-- pgbench: the same with pgmq.
+select * from pgmq.pop('jobs');

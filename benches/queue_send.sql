@@ -1,0 +1,2 @@
+-- pgbench: one message sent.
+select nightowls.send('jobs', :payload);

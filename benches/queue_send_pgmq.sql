@@ -1,0 +1,2 @@
+-- pgbench: the same with pgmq.
+select pgmq.send('jobs', :payload::jsonb);
