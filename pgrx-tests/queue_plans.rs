@@ -51,7 +51,7 @@ const BOUNDS: &[(&str, i64, &str)] = &[
     ),
     (
         "a cycle",
-        280,
+        450,
         "select nightowls.ack('jobs', msg_id, receipt), nightowls.send('jobs', '1') from nightowls.read('jobs', 60, 1)",
     ),
     (

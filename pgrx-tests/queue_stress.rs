@@ -12,7 +12,7 @@ fn messages() -> u64 {
     if std::env::var_os("NIGHTOWLS_FULL").is_some() {
         200_000
     } else {
-        8_000
+        4_000
     }
 }
 
@@ -275,7 +275,7 @@ fn survive(db: &Db) {
             {
                 break;
             }
-            std::thread::sleep(Duration::from_millis(if total > 50_000 { 250 } else { 60 }));
+            std::thread::sleep(Duration::from_millis(if total > 50_000 { 250 } else { 100 }));
         }
         drop(finish);
         for producer in producers {

@@ -183,7 +183,8 @@ begin
               from (select nextval('nightowls.queue_line_no') as line_no offset 0) s
             offset 0) n
      where m.org_id = _advance_group.org and m.queue_id = _advance_group.queue_id and m.msg_id = v_next
-       and m.state = 'w';
+       -- As text, so that nobody thinks of the index of those that wait, where the id stands behind the group.
+       and m.state::text = 'w';
     if found then
       perform nightowls._announce(_advance_group.org, _advance_group.queue_id, 1);
       exit;
