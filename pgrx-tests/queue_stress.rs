@@ -275,7 +275,11 @@ fn survive(db: &Db) {
             {
                 break;
             }
-            std::thread::sleep(Duration::from_millis(if total > 50_000 { 250 } else { 100 }));
+            std::thread::sleep(Duration::from_millis(if total > 50_000 {
+                250
+            } else {
+                100
+            }));
         }
         drop(finish);
         for producer in producers {
