@@ -86,7 +86,7 @@ begin
     from nightowls.snapshots s
    where s.org_id = (_store_snapshot.definition).org_id and s.projection = (_store_snapshot.definition).name
      and s.generation = (_store_snapshot.definition).generation and s.aggregate_id = _store_snapshot.aggregate_id
-     and s.version < _store_snapshot.version and s.latest_at is not null
+     and s.version <= _store_snapshot.version and s.latest_at is not null
    order by s.version desc
    limit 1;
   if _store_snapshot.version - coalesce(v_before, 0) <= _store_snapshot.max_events then
