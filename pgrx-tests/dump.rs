@@ -60,7 +60,23 @@ fn fill_log(db: &Db) -> String {
     );
     service.exec("select nightowls.erase('order', 'o5', 'asked')");
     fill_consumers(db);
+    fill_swarm(db);
     org
+}
+
+/// Agents, runs and what belongs to them, in every state.
+fn fill_swarm(db: &Db) {
+    db.service().exec(
+        r#"select nightowls.publish_agent_version('sage', '{"instructions": "it''s \"quoted\"", "n": 1.10}'), nightowls.publish_agent_version('sage', '{}');
+           select nightowls.rollback_agent_version('sage', 1);
+           select nightowls.create_thread('t', 'cust', 'ünï 🦉'), nightowls.start_run('r', 't', 'sage', '{"q": 1.10}'), nightowls.start_run('s');
+           select nightowls.set_run_status('r', 'running'); select nightowls.set_run_status('r', 'suspended', '{"metadata": {"a": 1}}');
+           select nightowls.save_run_snapshot('r', to_jsonb(i), keep => 2) from generate_series(1, 5) i;
+           select nightowls.append_message('t', to_jsonb(i), message_id => 'm' || i) from generate_series(1, 50) i;
+           select nightowls.scratchpad_put('s', k, '1') from unnest('{a,b}'::text[]) k; select nightowls.scratchpad_delete('s', 'a');
+           select nightowls.create_followup('t', now() + interval '1 day', '"later"');
+           select nightowls.set_redaction_rules('{"keys": ["ssn"]}')"#,
+    );
 }
 
 /// Consumers in every state: done in part, leased, with parked and replayed events;
@@ -144,6 +160,16 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.floors",
         "nightowls.floor_tickets",
         "nightowls.floor_marks",
+        "nightowls.agents",
+        "nightowls.agent_versions",
+        "nightowls.audit_log",
+        "nightowls.threads",
+        "nightowls.runs",
+        "nightowls.run_snapshots",
+        "nightowls.messages",
+        "nightowls.scratchpad",
+        "nightowls.followups",
+        "nightowls.redaction_rules",
     ];
     let theirs = ["public.calls", "public.balances", "nightowls._view_totals"];
     for table in ours.iter().chain(theirs.iter().filter(|_| read_models)) {

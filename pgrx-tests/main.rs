@@ -10,6 +10,7 @@ mod bad_input;
 mod catalog;
 mod cdc;
 mod compaction;
+mod config;
 mod consumers;
 mod dump;
 mod erasure;

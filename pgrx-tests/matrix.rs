@@ -24,6 +24,7 @@ const WHO: [(&str, Option<&str>, &str); 8] = [
 /// home), `n` none, `*` what belongs to no org. For the others `y` is let through, `g` refused by a guard, whoever asks
 /// (NW008, NW004, 55000), `v` not possible with such a view. `-` is no right (42501).
 const RELATIONS: &[(&str, &str)] = &[
+    ("_config_secrets", "byyy ---- ---- ---- ---- ---- ---- ----"),
     (
         "_consumer_failures",
         "byyy b--- ---- ---- ---- ---- ---- ----",
@@ -41,6 +42,7 @@ const RELATIONS: &[(&str, &str)] = &[
     ("agent_versions", "bggg bgg- ---- ---- ---- ---- ---- ----"),
     ("agents", "bggg bgg- ---- ---- ---- ---- ---- ----"),
     ("all_events", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
+    ("app_config", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("audit_log", "bggg b--- ---- ---- ---- ---- ---- ----"),
     (
         "compaction_policies",
@@ -132,6 +134,12 @@ const CALLS: &[(&str, &str, &str, &str)] = &[
     (
         "current_org",
         "select nightowls.current_org($)",
+        "yyyyy---",
+        "yy---y--",
+    ),
+    (
+        "get_config_value",
+        "select nightowls.get_config_value('region', $)",
         "yyyyy---",
         "yy---y--",
     ),
@@ -543,6 +551,27 @@ fn names_of_the_callers_making_change_nothing_for_members() {
         assert!(
             !peeked[0].replace(&org, "").contains('-'),
             "a row of another org was shown to a function of the caller's"
+        );
+    });
+}
+
+#[test]
+fn no_table_that_services_are_fast_on_has_a_policy_for_members() {
+    // A second policy is one more question in every statement of a service's.
+    on_each_install(|db| {
+        assert_eq!(
+            lines(
+                &mut db.superuser(),
+                "select c.relname, p.polname, p.polcmd from pg_policy p join pg_class c on c.oid = p.polrelid
+                  where c.relnamespace = 'nightowls'::regnamespace and p.polname <> 'service_all' order by 1"
+            ),
+            [
+                "messages member_read r",
+                "org_members member_read r",
+                "orgs member_read r",
+                "runs member_read r",
+                "threads member_read r",
+            ]
         );
     });
 }

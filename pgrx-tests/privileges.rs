@@ -168,6 +168,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "agent_versions insert select update",
                 "agents insert select update",
                 "all_events select",
+                "app_config select",
                 "audit_log select",
                 "compaction_policies select",
                 "compactions select",
@@ -597,6 +598,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.publish_agent_version('seer', '{}'); select nightowls.get_agent('seer')",
     ),
     (
+        "get_config_value",
+        "select nightowls.get_config_value('region')",
+    ),
+    (
         "heartbeat_floor",
         "select nightowls.heartbeat_floor('c', 'a', fence) from nightowls.floors",
     ),
@@ -713,6 +718,10 @@ const CALLS: &[(&str, &str)] = &[
     (
         "set_compaction",
         "select nightowls.set_compaction('order', mode => 'delete')",
+    ),
+    (
+        "set_config_value",
+        "select nightowls.set_config_value('region', 'eu')",
     ),
     (
         "set_default_org",

@@ -48,6 +48,8 @@ begin atomic
          ('agent_versions', '_erase_agent', null),
          ('audit_log', null, 'who changed what, without its content: the record that is kept'),
          ('redaction_rules', null, 'settings'),
+         ('app_config', null, 'settings'),
+         ('_config_secrets', null, 'settings'),
          ('threads', '_erase_swarm', null),
          ('runs', '_erase_swarm', null),
          ('run_snapshots', '_erase_swarm', null),

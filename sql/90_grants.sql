@@ -30,7 +30,7 @@ begin
   execute format('grant select on nightowls.queues, nightowls.queue_messages, nightowls.queue_marks, nightowls.queue_due_marks, '
                  'nightowls.queue_dedup, nightowls.queue_archive, nightowls.queue_bindings, nightowls.topic_bindings, nightowls.once_keys to %I', grant_service.role);
   execute format('grant select on nightowls.agents, nightowls.agent_versions, nightowls.audit_log, nightowls.threads, nightowls.runs, '
-                 'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.followups, nightowls.redaction_rules to %I', grant_service.role);
+                 'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.followups, nightowls.redaction_rules, nightowls.app_config to %I', grant_service.role);
   -- So that a direct write is told why it is refused.
   execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
@@ -79,7 +79,7 @@ create function nightowls._member_functions()
   immutable
   parallel safe
   return array['version', 'current_org', 'add_member', 'change_member', 'remove_member', 'append_message', 'list_messages',
-               'list_run_events', '_post_message', '_list_messages_redacted', '_my_thread', '_my_run', '_my_message', '_my_run_events',
+               'list_run_events', 'get_config_value', '_my_config_value', '_post_message', '_list_messages_redacted', '_my_thread', '_my_run', '_my_message', '_my_run_events',
                '_check_max_events', '_refuse_snapshot', '_org_class', '_wake_count', '_nap',
                '_is_service', '_is_member', '_user_id', '_resolve_org', '_member_orgs', '_manage_member'];
 

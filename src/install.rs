@@ -100,6 +100,7 @@ sql_files! {
     Both "messages" "../sql/56_messages.sql",
     Both "scratchpad" "../sql/57_scratchpad.sql",
     Both "followups" "../sql/58_followups.sql",
+    Both "config" "../sql/59_config.sql",
     Both "member_views" "../sql/59_member_views.sql",
     Both "streams" "../sql/75_streams.sql",
     Both "cdc" "../sql/77_cdc.sql",

@@ -47,3 +47,5 @@ select pg_catalog.pg_extension_config_dump('nightowls.scratchpad', '');
 select pg_catalog.pg_extension_config_dump('nightowls.followups', '');
 select pg_catalog.pg_extension_config_dump('nightowls.followups_followup_id_seq', '');
 select pg_catalog.pg_extension_config_dump('nightowls.redaction_rules', '');
+select pg_catalog.pg_extension_config_dump('nightowls.app_config', '');
+select pg_catalog.pg_extension_config_dump('nightowls._config_secrets', '');
