@@ -143,6 +143,7 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.imports",
         "nightowls.events",
         "nightowls.routes",
+        "nightowls._append_targets",
         "nightowls.projections",
         "nightowls._projection_states",
         "nightowls.projection_states",

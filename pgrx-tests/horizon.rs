@@ -1141,9 +1141,10 @@ fn a_setting_left_by_an_earlier_transaction_does_not_switch_the_hold_off() {
         let mut reader = db.service();
         open.exec("begin");
         open.exec(&append("zero"));
+        open.exec(&append("nought"));
         let held = open
             .value("select current_setting('nightowls.held')")
-            .expect("an append remembers what it holds");
+            .expect("the second append of a transaction remembers what it holds");
         open.exec("rollback");
         for (number, write) in [append, insert].into_iter().enumerate() {
             // As a pooled connection would keep it.

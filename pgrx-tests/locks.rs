@@ -141,17 +141,19 @@ fn appends_to_three_hundred_orgs_in_one_transaction_take_at_most_64_advisory_loc
 }
 
 #[test]
-fn an_append_takes_one_advisory_lock_whatever_it_appends() {
+fn an_append_takes_one_advisory_lock_and_all_after_it_another_whatever_they_append() {
     on_each_install(|db| {
         default_org(db);
         let mut service = db.service();
         service.exec("begin");
+        service.exec("select nightowls.append_event('cart', 'first', 'made')");
+        assert_eq!(advisory_locks(&mut service), 1);
         service.exec(
             "select nightowls.append_event('cart', g::text, 'made') from generate_series(1, 100) g; \
              select nightowls.append_many((select jsonb_agg(jsonb_build_object('aggregate_type', 'order', \
                'aggregate_id', g::text, 'events', '[{\"event_type\": \"made\"}]'::jsonb)) from generate_series(1, 100) g))",
         );
-        assert_eq!(advisory_locks(&mut service), 1);
+        assert_eq!(advisory_locks(&mut service), 2);
         service.exec("commit");
         // And none outlives its transaction, nor does a read take any.
         service.exec("begin; select nightowls.read_events()");

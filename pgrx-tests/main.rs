@@ -5,6 +5,7 @@ mod agents;
 mod api;
 mod append;
 mod append_only;
+mod append_targets;
 mod async_projections;
 mod bad_input;
 mod catalog;

@@ -203,7 +203,7 @@ fn measure(sessions: &mut [(&str, Session); 2], when: &str, wrong: &mut Vec<Stri
     }
 }
 
-const TABLES: [&str; 11] = [
+const TABLES: [&str; 12] = [
     "events",
     "events_archive",
     "compactions",
@@ -213,6 +213,7 @@ const TABLES: [&str; 11] = [
     "_consumer_offsets",
     "_consumer_failures",
     "routes",
+    "_append_targets",
     "projections",
     "published_changes",
 ];

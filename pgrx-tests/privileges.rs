@@ -429,6 +429,8 @@ fn operators_functions_and_tables_of_the_same_names_in_the_search_path_change_no
                     for table in [
                         "events",
                         "routes",
+                        "_append_targets",
+                        "h",
                         "projections",
                         "_projection_states",
                         "projection_states",

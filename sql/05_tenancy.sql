@@ -218,10 +218,10 @@ create function nightowls._caller_org(org uuid)
   stable
   parallel safe
   return case
-    when not nightowls._is_service() then nightowls.current_org(org)
-    when current_setting('nightowls.org_id', true) <> '' or current_setting('request.jwt.claims', true) <> ''
-      then coalesce(org, nightowls._resolve_org())
-    else org
+    when nightowls._is_service()
+         and ('' <> any (array[current_setting('nightowls.org_id', true), current_setting('request.jwt.claims', true)])) is not true
+      then org
+    else nightowls.current_org(org)
   end;
 
 revoke all on function nightowls._caller_org(uuid) from public;

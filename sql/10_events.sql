@@ -39,7 +39,7 @@ comment on column nightowls.events.event_id is
   'The caller''s idempotency key, unique within the org; event_id_for() makes one from a foreign id.';
 comment on column nightowls.events.created_at is 'The clock at insert; not always rising with position.';
 
--- What an append of an aggregate type sets off. The one table every append looks into.
+-- What an append of an aggregate type sets off.
 create table nightowls.routes (
   org_id         uuid not null,
   aggregate_type text collate "C" not null,
@@ -182,11 +182,11 @@ create function nightowls._last_position()
 
 revoke all on function nightowls._last_position() from public;
 
--- The hold, taken once a transaction and class, before a position is drawn. nightowls.held remembers it as
--- <xid>|<class>:<last position>|…#<locks on aggregates>; a rolled-back savepoint takes lock and memory together. After 32
--- classes comes the one that is held against all. org: null for all; last: _last_position(), read before.
+-- The hold, taken before a position is drawn and kept until the transaction ends. The second one of a transaction is remembered in
+-- nightowls.held, and serves those after it: <xid>|<class>:<last position>|…#<locks on aggregates>; a rolled-back savepoint
+-- takes lock and memory together. After 32 classes comes the one that is held against all. org: null for all.
 -- It runs in functions of the owner's, which have pinned the search_path.
-create function nightowls._hold_again(org uuid, last bigint)
+create function nightowls._hold_again(org uuid)
   returns boolean
   language plpgsql
   volatile
@@ -196,6 +196,7 @@ as $$
 declare
   v_class int := coalesce(nightowls._org_class(_hold_again.org), 256);
   v_held  text := current_setting('nightowls.held', true);
+  v_last  bigint := nightowls._last_position();
   v_mark  bigint;
 begin
   if starts_with(v_held, pg_current_xact_id()::text || '|') is not true then
@@ -205,33 +206,32 @@ begin
     v_class := 256;
   end if;
   v_mark := nullif(split_part(split_part(v_held, '|' || v_class || ':', 2), '|', 1), '')::bigint;
-  if v_mark <= _hold_again.last then
+  if v_mark <= v_last then
     -- Asked for again, which costs nothing when it is held: a setting can be forged, a lock cannot.
     return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(v_mark)) is not null;
   end if;
-  return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(_hold_again.last)) is not null
-     and set_config('nightowls.held', replace(v_held, '#', v_class || ':' || _hold_again.last || '|#'), true) <> ''
+  return pg_advisory_xact_lock_shared(nightowls._lock_class(v_class), nightowls._lock_key(v_last)) is not null
+     and set_config('nightowls.held', replace(v_held, '#', v_class || ':' || v_last || '|#'), true) <> ''
      and nightowls._wake_readers(v_class);
 end;
 $$;
 
-revoke all on function nightowls._hold_again(uuid, bigint) from public;
+revoke all on function nightowls._hold_again(uuid) from public;
 
--- The first hold of a transaction, mostly the only one, in an expression.
-create function nightowls._hold(org uuid, last bigint)
+-- The hold of a transaction that has written nothing yet, mostly its only one, in an expression. It is not remembered: by the
+-- transaction's id the next one knows that it is not the first. Who calls this then writes. class: _org_class(org).
+create function nightowls._hold(org uuid, class int)
   returns boolean
   language sql
   volatile
   parallel unsafe
   return case
-    when current_setting('nightowls.held', true) <> '' then nightowls._hold_again(org, last)
-    else pg_advisory_xact_lock_shared(nightowls._lock_class(nightowls._org_class(org)), nightowls._lock_key(last)) is not null
-         and set_config('nightowls.held',
-                        concat(pg_current_xact_id()::text, '|', nightowls._org_class(org), ':', last, '|#0'), true) is not null
-         and nightowls._wake_readers(nightowls._org_class(org))
+    when pg_current_xact_id_if_assigned() is not null then nightowls._hold_again(org)
+    else pg_advisory_xact_lock_shared(nightowls._lock_class(class), nightowls._lock_key(nightowls._last_position())) is not null
+         and nightowls._wake_readers(class)
   end;
 
-revoke all on function nightowls._hold(uuid, bigint) from public;
+revoke all on function nightowls._hold(uuid, int) from public;
 
 -- Definer: reading the sequence needs rights that callers lack.
 create function nightowls._hold_against_all()
@@ -244,7 +244,7 @@ create function nightowls._hold_against_all()
 as $$
 #variable_conflict use_column
 begin
-  perform nightowls._hold_again(null, nightowls._last_position());
+  perform nightowls._hold_again(null);
 end;
 $$;
 
@@ -266,7 +266,7 @@ revoke all on function nightowls._is_append() from public;
 
 -- Before a direct insert, of whatever org: held against all. Our functions have taken the hold of their org.
 -- It pins no search_path, as every append of ours pays for it too: all it names is qualified. The same test in a "when" of the
--- trigger would cost more, for it is planned anew by each insert.
+-- trigger would cost more, for it is planned anew by each insert. new is null here, and costs less than an expression.
 create function nightowls._before_insert()
   returns trigger
   language plpgsql
@@ -275,11 +275,10 @@ create function nightowls._before_insert()
 as $$
 #variable_conflict use_column
 begin
-  if nightowls._is_append() then
-    return null;
+  if not nightowls._is_append() then
+    perform nightowls._hold_against_all();
   end if;
-  perform nightowls._hold_against_all();
-  return null;
+  return new;
 end;
 $$;
 
@@ -359,6 +358,139 @@ end;
 $$;
 
 revoke all on function nightowls._safe_position(uuid, bigint) from public;
+
+-- What an append looks into -----------------------------------------------------------------------
+
+-- What an append must know of its org, in one row, so that it looks into one more table only.
+create table nightowls._append_targets (
+  org_id  uuid  not null,
+  target  uuid  not null,
+  class   int   not null generated always as (nightowls._org_class(target)) stored,
+  follows jsonb not null default '{}',
+  constraint _append_targets_pkey primary key (org_id)
+);
+
+comment on table nightowls._append_targets is
+  'Which org an append is for and what follows it: a row for each org, and one under the zero uuid for calls that name none. '
+  'Kept by triggers on orgs, settings and routes.';
+comment on column nightowls._append_targets.org_id is 'The org that a call names; the zero uuid if it names none.';
+comment on column nightowls._append_targets.target is 'The org.';
+comment on column nightowls._append_targets.class is 'Its class of holds.';
+comment on column nightowls._append_targets.follows is
+  'For each aggregate type that has any the kinds of its routes and of those for all types; with the name, if that is one reducer: '
+  '{"order": "reducer:orders", "cart": "handler,queue", "": "queue"}.';
+
+-- Keeps the rows of one org. Who changes what follows in an org takes turns with others who do, and looks when it is their turn.
+create function nightowls._keep_target(org uuid)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+begin
+  insert into nightowls._append_targets (org_id, target)
+  select o.org_id, o.org_id from nightowls.orgs o where o.org_id = _keep_target.org
+  on conflict do nothing;
+  perform from nightowls._append_targets t where t.org_id = _keep_target.org for update;
+  update nightowls._append_targets t
+     set follows = coalesce((
+           select jsonb_object_agg(a.aggregate_type, (
+                    select string_agg(distinct r.kind, ',')
+                           || case when count(*) = 1 and min(r.kind) = 'reducer' then ':' || min(r.name) else '' end
+                      from nightowls.routes r
+                     where r.org_id = _keep_target.org and r.aggregate_type in ('', a.aggregate_type)))
+             from (select distinct r.aggregate_type from nightowls.routes r where r.org_id = _keep_target.org) a), '{}')
+   where t.org_id in (_keep_target.org, '00000000-0000-0000-0000-000000000000') and t.target = _keep_target.org;
+  delete from nightowls._append_targets t
+   where t.org_id in (_keep_target.org, '00000000-0000-0000-0000-000000000000') and t.target = _keep_target.org
+     and not exists (select from nightowls.orgs o where o.org_id = t.target);
+end;
+$$;
+
+revoke all on function nightowls._keep_target(uuid) from public;
+
+-- The row of calls that name no org. An append that finds none asks for the default org itself.
+create function nightowls._keep_default_target()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_none constant uuid := '00000000-0000-0000-0000-000000000000';
+  v_text text := (select s.value #>> '{}' from nightowls.settings s where s.name = 'default_org');
+  v_org  uuid := case when v_text ~ '^[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}$' then v_text::uuid end;
+begin
+  perform from nightowls._append_targets t where t.org_id = v_org for update;
+  delete from nightowls._append_targets t where t.org_id = v_none and t.target is distinct from v_org;
+  insert into nightowls._append_targets (org_id, target, follows)
+  select v_none, t.target, t.follows from nightowls._append_targets t where t.org_id = v_org and t.org_id <> v_none
+  on conflict (org_id) do update set follows = excluded.follows;
+end;
+$$;
+
+revoke all on function nightowls._keep_default_target() from public;
+
+-- Definer: who may change orgs and settings may not see the rest.
+create function nightowls._keep_targets()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if nightowls._is_restoring() then
+    return null; -- The rows come from the dump.
+  elsif tg_table_name = 'settings' then
+    perform nightowls._keep_default_target();
+    return null;
+  end if;
+  if tg_op <> 'INSERT' then
+    perform nightowls._keep_target(old.org_id);
+  end if;
+  if tg_op <> 'DELETE' then
+    perform nightowls._keep_target(new.org_id);
+  end if;
+  if tg_table_name = 'orgs' then
+    perform nightowls._keep_default_target();
+  end if;
+  return null;
+end;
+$$;
+
+revoke all on function nightowls._keep_targets() from public;
+
+create trigger t10_targets
+  after insert or update or delete on nightowls.routes
+  for each row execute function nightowls._keep_targets();
+create trigger t10_targets
+  after insert or delete on nightowls.orgs
+  for each row execute function nightowls._keep_targets();
+create trigger t11_targets
+  after update on nightowls.orgs
+  for each row when (old.org_id <> new.org_id) execute function nightowls._keep_targets();
+create trigger t10_targets_inserted
+  after insert on nightowls.settings
+  for each row when (new.name = 'default_org') execute function nightowls._keep_targets();
+create trigger t11_targets_updated
+  after update on nightowls.settings
+  for each row when ('default_org' in (old.name, new.name)) execute function nightowls._keep_targets();
+create trigger t12_targets_deleted
+  after delete on nightowls.settings
+  for each row when (old.name = 'default_org') execute function nightowls._keep_targets();
 
 -- The rules of an append --------------------------------------------------------------------------
 
@@ -681,7 +813,7 @@ revoke all on function nightowls._refuse_older_snapshot(uuid) from public;
 -- What follows an append, for the events of one org: keeps reducer projections, sends to queues, and returns whether handlers wait, which
 -- the caller must call as itself. versions: the newest of each aggregate, null where the caller does not know it; positions: the events,
 -- null if queues are not to get them. A function of its own, so that it can be called where triggers cannot run.
--- Definer: routes and states are closed to those who append.
+-- Definer: targets and states are closed to those who append.
 create function nightowls._after_append(
   org             uuid,
   aggregate_types text[],
@@ -702,32 +834,31 @@ create function nightowls._after_append(
 as $$
 #variable_conflict use_column
 declare
-  v_reduced boolean;
-  v_handled boolean;
-  v_queued  boolean;
+  v_follows jsonb;
+  v_kinds   text;
 begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     perform nightowls._refuse_older_snapshot(_after_append.org);
   end if;
-  select bool_or(r.kind = 'reducer'), bool_or(r.kind = 'handler'), bool_or(r.kind = 'queue')
-    into v_reduced, v_handled, v_queued
-    from unnest(array_append(_after_append.aggregate_types, '')) as t (aggregate_type)
-   cross join lateral (
-           select x.kind
-             from nightowls.routes x
-            where x.org_id = _after_append.org and x.aggregate_type = t.aggregate_type collate "C"
-           offset 0) r;
-  if v_reduced and cardinality(_after_append.aggregate_ids) = 1 and _after_append.versions is not null then
-    perform nightowls._project_one(
-      _after_append.org, _after_append.aggregate_types[1], _after_append.aggregate_ids[1], _after_append.versions[1]);
-  elsif v_reduced then
+  select t.follows into v_follows from nightowls._append_targets t where t.org_id = _after_append.org;
+  if not found then
+    perform nightowls._keep_target(_after_append.org);
+    select t.follows into v_follows from nightowls._append_targets t where t.org_id = _after_append.org;
+  end if;
+  if not v_follows ?| array_append(_after_append.aggregate_types, '') then
+    return false;
+  end if;
+  v_kinds := (
+    select string_agg(split_part(coalesce(v_follows ->> t.name, v_follows ->> ''), ':', 1), ',')
+      from unnest(_after_append.aggregate_types) as t (name));
+  if v_kinds like '%reducer%' then
     perform nightowls._project(
       _after_append.org, _after_append.aggregate_types, _after_append.aggregate_ids, _after_append.versions);
   end if;
-  if v_queued and _after_append.positions is not null then
+  if v_kinds like '%queue%' and _after_append.positions is not null then
     perform nightowls._route_events(_after_append.org, _after_append.aggregate_types, _after_append.positions);
   end if;
-  return v_handled;
+  return v_kinds like '%handler%';
 end;
 $$;
 
@@ -746,10 +877,10 @@ declare
   v_rows record;
 begin
   if nightowls._is_append() then
-    return null;
+    return new;
   elsif nightowls._is_restoring() then
     -- What was projected and sent before the dump is not to be done again.
-    return null;
+    return new;
   end if;
 
   -- No statement of what follows touches two orgs.
@@ -787,4 +918,9 @@ create policy service_all on nightowls.events
 alter table nightowls.routes enable row level security;
 alter table nightowls.routes force row level security;
 create policy service_all on nightowls.routes
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+alter table nightowls._append_targets enable row level security;
+alter table nightowls._append_targets force row level security;
+create policy service_all on nightowls._append_targets
   using ((select nightowls._is_service())) with check ((select nightowls._is_service()));

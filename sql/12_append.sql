@@ -172,12 +172,46 @@ $$;
 
 revoke all on function nightowls._check_append_arguments(text, text, text, jsonb, bigint, jsonb) from public;
 
--- The append itself. One statement finds the org, takes the hold, finds the head, holds it against the expectation, inserts,
--- and looks whether anything is to follow. The head comes from the key, not from a counter row: that stays fast while old
--- snapshots are open. The version is right by its making, so the checks of direct inserts are left out.
+-- Whether a payload and metadata are neither too large nor too deep. Not an SQL function: it is not to be taken in where most
+-- events are small.
+create function nightowls._is_bounded(payload jsonb, metadata jsonb)
+  returns boolean
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return (nightowls._is_too_large(_is_bounded.payload) or nightowls._is_too_large(_is_bounded.metadata)
+          or nightowls._is_too_deep(_is_bounded.payload) or nightowls._is_too_deep(_is_bounded.metadata)) is not true;
+end;
+$$;
+
+revoke all on function nightowls._is_bounded(jsonb, jsonb) from public;
+
+-- Whether arguments of _append_one need no closer look. What is small cannot be too deep: a level takes 8 bytes; in an array
+-- nothing is compressed.
+create function nightowls._is_simple(aggregate_type text, aggregate_id text, event_type text, payload jsonb, metadata jsonb)
+  returns boolean
+  language sql
+  stable
+  parallel safe
+  return '' <> all (array[aggregate_type, aggregate_id, event_type])
+     and not starts_with(event_type, 'nightowls.')
+     and pg_column_size(array[aggregate_type, aggregate_id, event_type]) < 256
+     and payload is not null
+     and (pg_column_size(array[payload, metadata]) < 800 or nightowls._is_bounded(payload, metadata))
+     and (metadata @> '{}') is not false;
+
+revoke all on function nightowls._is_simple(text, text, text, jsonb, jsonb) from public;
+
+-- The append itself. One statement holds the arguments against the rules, finds the org, takes the hold, finds the head, holds it
+-- against the expectation, inserts, and looks whether anything is to follow. The head comes from the key, not from a counter row:
+-- that stays fast while old snapshots are open. The version is right by its making, so the checks of direct inserts are left out.
 -- The result is null when handlers wait for the event: they are user code, and _handle_append() calls them as the one
 -- who appends.
--- Definer: it draws positions and looks into settings, orgs and routes.
+-- Definer: it draws positions and looks into _append_targets.
 create function nightowls._append_one(
   org              uuid,
   aggregate_type   text,
@@ -197,7 +231,6 @@ create function nightowls._append_one(
   security definer
   set search_path to pg_catalog, pg_temp, pg_append
   set enable_seqscan to off
-  set enable_sort to off
   set plan_cache_mode to force_generic_plan
 as $$
 #variable_conflict use_column
@@ -205,32 +238,28 @@ declare
   v_org      uuid;
   v_position bigint;
   v_version  bigint;
+  v_created  timestamptz;
   v_follows  text;
   v_known    nightowls.events;
   v_head     bigint;
   v_lost     bigint;
+  v_checked  boolean;
 begin
-  -- What is small cannot be too deep: a level takes 8 bytes. In an array nothing is compressed. The rest is looked at more closely.
-  if ('' <> all (array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type])
-      and not starts_with(_append_one.event_type, 'nightowls.')
-      and pg_column_size(array[_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type]) < 256
-      and pg_column_size(array[_append_one.payload, _append_one.metadata]) < 800
-      and _append_one.payload is not null
-      and (_append_one.metadata is null or jsonb_typeof(_append_one.metadata) = 'object')
-      and (_append_one.expected_version is null or _append_one.expected_version >= -1)
-      and _append_one.container is null and _append_one.fence is null) is not true then
-    perform nightowls._check_append_arguments(
-      _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
-      _append_one.expected_version, _append_one.metadata);
-    if _append_one.container is not null or _append_one.fence is not null then
-      _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
-      perform nightowls._guard_append(_append_one.org, _append_one.container, _append_one.fence, array[_append_one.event_id]);
-    end if;
-  end if;
-
   loop
-    if _append_one.event_id is not null then
-      _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
+    if _append_one.event_id is not null or _append_one.container is not null or _append_one.fence is not null then
+      if nightowls._is_simple(_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type,
+                              _append_one.payload, _append_one.metadata) is not true or _append_one.expected_version < -1 then
+        perform nightowls._check_append_arguments(
+          _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
+          _append_one.expected_version, _append_one.metadata);
+      end if;
+      v_checked := true;
+      _append_one.org := coalesce(
+        _append_one.org, (select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org'),
+        nightowls._refuse_no_default());
+      if _append_one.container is not null or _append_one.fence is not null then
+        perform nightowls._guard_append(_append_one.org, _append_one.container, _append_one.fence, array[_append_one.event_id]);
+      end if;
       select e.* into v_known
         from nightowls.all_events e
        where e.org_id = _append_one.org
@@ -248,46 +277,92 @@ begin
                                 v_known.version, v_known.aggregate_type, v_known.aggregate_id),
                 hint = 'One event_id names one event; use a new one for a new event.';
       end if;
-    end if;
 
-    insert into nightowls.events as e
-           (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
-    select h.org, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
-           _append_one.payload, coalesce(_append_one.metadata, '{}'), _append_one.event_id
-      from (select o.org,
-                   coalesce((
-                     select x.version
-                       from nightowls.events x
-                      where x.org_id = o.org
-                        and x.aggregate_type = _append_one.aggregate_type
-                        and x.aggregate_id = _append_one.aggregate_id
-                      order by x.version desc
-                      limit 1), 0) as version
-              from (select coalesce(
-                             _append_one.org,
-                             (select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org')) as org,
-                           nightowls._last_position() as last
-                    offset 0) o
-             where o.org is not null
-               and nightowls._hold(o.org, o.last)
-            offset 0) h
-     where _append_one.expected_version is null
-        or _append_one.expected_version = h.version
-        or _append_one.expected_version = -1 and h.version > 0
-    on conflict do nothing
-    returning e.org_id, e."position", e.version,
-              (select string_agg(r.kind, ',')
-                 from nightowls.routes r
-                where r.org_id = e.org_id and r.aggregate_type in ('', e.aggregate_type))
-         into v_org, v_position, v_version, v_follows;
-    if v_version > 1 and v_follows is null and current_setting('transaction_isolation') = 'read committed' then
+      with h as materialized (
+        select t.target as org, coalesce(t.follows ->> _append_one.aggregate_type, t.follows ->> '') as follows,
+               coalesce((
+                 select x.version
+                   from nightowls.events x
+                  where x.org_id = t.target
+                    and x.aggregate_type = _append_one.aggregate_type
+                    and x.aggregate_id = _append_one.aggregate_id
+                  order by x.version desc
+                  limit 1), 0) as version
+          from nightowls._append_targets t
+         where t.org_id = _append_one.org
+           and nightowls._hold(t.target, t.class)
+      )
+      insert into nightowls.events as e
+             (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata, event_id)
+      select h.org, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
+             _append_one.payload, coalesce(_append_one.metadata, '{}'), _append_one.event_id
+        from h
+       where _append_one.expected_version is null
+          or _append_one.expected_version = h.version
+          or _append_one.expected_version = -1 and h.version > 0
+      on conflict do nothing
+      returning e.org_id, e."position", e.version, e.created_at, (select h.follows from h)
+           into v_org, v_position, v_version, v_created, v_follows;
+    else
+      -- The same without an event_id: one key settles a race, and nobody looks into the others.
+      with h as materialized (
+        select t.target as org, coalesce(t.follows ->> _append_one.aggregate_type, t.follows ->> '') as follows,
+               coalesce((
+                 select x.version
+                   from nightowls.events x
+                  where x.org_id = t.target
+                    and x.aggregate_type = _append_one.aggregate_type
+                    and x.aggregate_id = _append_one.aggregate_id
+                  order by x.version desc
+                  limit 1), 0) as version
+          from nightowls._append_targets t
+         where t.org_id = coalesce(_append_one.org, '00000000-0000-0000-0000-000000000000')
+           and nightowls._hold(t.target, t.class)
+      )
+      insert into nightowls.events as e
+             (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata)
+      select h.org, _append_one.aggregate_type, _append_one.aggregate_id, h.version + 1, _append_one.event_type,
+             _append_one.payload, coalesce(_append_one.metadata, '{}')
+        from h
+       where (_append_one.expected_version is null
+              or _append_one.expected_version = h.version
+              or _append_one.expected_version = -1 and h.version > 0)
+         -- Not a condition of its own, which would get a plan node of its own.
+         and case when h.version is not null
+               then v_checked
+                    or nightowls._is_simple(_append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type,
+                                            _append_one.payload, _append_one.metadata) end
+      on conflict (org_id, aggregate_type, aggregate_id, version) do nothing
+      returning e.org_id, e."position", e.version, e.created_at, (select h.follows from h)
+           into v_org, v_position, v_version, v_created, v_follows;
+    end if;
+    if v_version is not null and v_follows is null and current_setting('transaction_isolation') = 'read committed' then
+      return (v_position, v_version)::nightowls.append_result;
+    elsif starts_with(v_follows, 'reducer:') and current_setting('transaction_isolation') = 'read committed'
+          and nightowls._project_one(
+                v_org, substr(v_follows, 9), _append_one.aggregate_type, _append_one.aggregate_id, v_version, v_position, _append_one.event_type,
+                _append_one.payload, coalesce(_append_one.metadata, '{}'), _append_one.event_id, v_created) then
       return (v_position, v_version)::nightowls.append_result;
     end if;
     exit when v_version is not null;
 
-    -- Nothing came of it: there is no org (which raises), or the expectation is missed, or somebody else's append has taken the
-    -- version, or brought this event_id, and has committed.
+    -- Nothing came of it: an argument will not do or must be looked at more closely, or there is no org (all of which raise), or the
+    -- expectation is missed, or somebody else's append has taken the version, or brought this event_id, and has committed.
+    if v_checked is not true then
+      perform nightowls._check_append_arguments(
+        _append_one.aggregate_type, _append_one.aggregate_id, _append_one.event_type, _append_one.payload,
+        _append_one.expected_version, _append_one.metadata);
+      v_checked := true;
+    end if;
     _append_one.org := coalesce(_append_one.org, nightowls._resolve_org());
+    if not exists (select from nightowls._append_targets t where t.org_id = _append_one.org) then
+      if v_lost is not null then
+        raise exception 'could not serialize access: the org was made known to appends since the snapshot'
+          using errcode = 'serialization_failure', hint = 'Retry the transaction.';
+      end if;
+      perform nightowls._refuse_no_org(_append_one.org);
+      perform nightowls._keep_target(_append_one.org);
+    end if;
     v_head := (nightowls._heads(_append_one.org, array[_append_one.aggregate_type], array[_append_one.aggregate_id]))[1];
     if _append_one.event_id is not null
        and exists (select from nightowls.events e where e.org_id = _append_one.org and e.event_id = _append_one.event_id) then
@@ -295,22 +370,19 @@ begin
     elsif _append_one.expected_version <> v_head and (_append_one.expected_version >= 0 or v_head = 0) then
       perform nightowls._refuse_version(_append_one.aggregate_type, _append_one.aggregate_id,
                                         _append_one.expected_version, v_head);
-    elsif v_head = v_lost then
+    elsif _append_one.event_id is not null and v_head = v_lost then
       raise exception 'a unique index of the user''s on nightowls.events refuses the event'
         using errcode = 'unique_violation';
     end if;
     v_lost := v_head;
   end loop;
 
-  if v_version = 1 then
-    -- An aggregate that is there has been through this.
-    perform nightowls._refuse_no_org(v_org);
-  end if;
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     perform nightowls._refuse_older_snapshot(v_org);
   end if;
+  v_follows := split_part(v_follows, ':', 1);
   if v_follows like '%reducer%' then
-    perform nightowls._project_one(v_org, _append_one.aggregate_type, _append_one.aggregate_id, v_version);
+    perform nightowls._project(v_org, array[_append_one.aggregate_type], array[_append_one.aggregate_id], array[v_version]);
   end if;
   if v_follows like '%queue%' then
     perform nightowls._route_events(v_org, array[_append_one.aggregate_type], array[v_position]);
@@ -508,7 +580,6 @@ declare
   v_table text;
   v_key   text;
 begin
-  perform nightowls._hold(_append_batch.org, nightowls._last_position());
   loop
     if v_ids <> '{}' and nightowls._is_any_known(_append_batch.org, v_ids) then
       select array_agg(k.aggregate_type), array_agg(k.aggregate_id), array_agg(k."position"), array_agg(k.version)
@@ -518,6 +589,8 @@ begin
                _append_batch.event_types, _append_batch.payloads, _append_batch.event_ids) k;
       return;
     end if;
+
+    perform nightowls._hold(_append_batch.org, nightowls._org_class(_append_batch.org));
 
     v_heads := nightowls._heads(_append_batch.org, _append_batch.aggregate_types, _append_batch.aggregate_ids);
     select a.no into v_no
@@ -671,63 +744,120 @@ $$;
 
 revoke all on function nightowls._parse_events(jsonb, text) from public;
 
--- A batch for one aggregate, as most are, in one statement straight from the JSON. Whatever is unusual about it undoes it,
--- and positions is null: an element that is not valid or has an event_id, a missed expectation, somebody else's append. The
--- long way by _parse_events() and _append_batch() then finds out what it is.
--- Definer: it draws positions and looks into orgs and routes.
+-- A batch for one aggregate, as most are, in two statements straight from the JSON. Whatever is unusual about it ends it, without a
+-- row or in an error that append_events() catches: an element that is not valid (its event_type is null, which the table refuses) or
+-- has an event_id, a missed expectation, somebody else's append. The long way by _parse_events() and _append_batch() then finds
+-- out what it is. nightowls.handle says whether handlers wait, for _handle_list().
+-- Definer: it draws positions and looks into _append_targets.
 create function nightowls._append_list(
   org              uuid,
   aggregate_type   text,
   aggregate_id     text,
   events           jsonb,
-  expected_version bigint,
-  out positions    bigint[],
-  out head         bigint,
-  out handled      boolean
+  expected_version bigint
 )
+  returns setof nightowls.append_result
   language plpgsql
   volatile
   parallel unsafe
   security definer
   set search_path to pg_catalog, pg_temp, pg_append
+  set enable_seqscan to off
   set plan_cache_mode to force_generic_plan
   set jit to off
 as $$
 #variable_conflict use_column
+declare
+  v_org     uuid;
+  v_head    bigint;
+  v_follows text;
+  v_handle  text;
 begin
-  perform nightowls._hold(_append_list.org, nightowls._last_position());
-  head := (nightowls._heads(_append_list.org, array[_append_list.aggregate_type], array[_append_list.aggregate_id]))[1];
-  if _append_list.expected_version <> head and (_append_list.expected_version >= 0 or head = 0) then
+  select t.target, split_part(coalesce(t.follows ->> _append_list.aggregate_type, t.follows ->> ''), ':', 1),
+         coalesce((
+           select x.version
+             from nightowls.events x
+            where x.org_id = t.target
+              and x.aggregate_type = _append_list.aggregate_type
+              and x.aggregate_id = _append_list.aggregate_id
+            order by x.version desc
+            limit 1), 0)
+    into v_org, v_follows, v_head
+    from nightowls._append_targets t
+   where t.org_id = coalesce(_append_list.org, '00000000-0000-0000-0000-000000000000')
+     and nightowls._hold(t.target, t.class);
+  if v_org is null or _append_list.expected_version <> v_head and (_append_list.expected_version >= 0 or v_head = 0) then
     return;
   end if;
-  perform nightowls._refuse_no_org(_append_list.org);
 
-  begin
-    with inserted as (
-      insert into nightowls.events as e (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata)
-      select _append_list.org, _append_list.aggregate_type, _append_list.aggregate_id, head + x.no,
-             -- What is not valid is null, which the table refuses.
-             case when jsonb_typeof(x.event -> 'event_type') = 'string' and octet_length(x.event_type) between 1 and 255
-                       and not starts_with(x.event_type, 'nightowls.')
-                       and x.event - '{event_type,payload,metadata}'::text[] = '{}'
-                       and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
-               then x.event_type end,
-             coalesce(x.event -> 'payload', '{}'), coalesce(nullif(x.metadata, 'null'), '{}')
-        from (select u.no, u.event, u.event ->> 'event_type' as event_type, u.event -> 'metadata' as metadata
-                from jsonb_array_elements(_append_list.events) with ordinality as u (event, no)
-              offset 0) x
-      returning e."position"
-    )
-    select array_agg(i."position") into positions from inserted i;
-  exception when unique_violation or not_null_violation then
-    return;
-  end;
-  handled := nightowls._after_append(
-    _append_list.org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null, positions);
+  return query
+    insert into nightowls.events as e (org_id, aggregate_type, aggregate_id, version, event_type, payload, metadata)
+    select v_org, _append_list.aggregate_type, _append_list.aggregate_id, v_head + x.no,
+           case when jsonb_typeof(x.event -> 'event_type') = 'string' and octet_length(x.event_type) between 1 and 255
+                     and not starts_with(x.event_type, 'nightowls.')
+                     and (x.metadata is null or jsonb_typeof(x.metadata) in ('object', 'null'))
+                     -- No other key: of two objects the one with more keys is the greater one. (What has as many is not
+                     -- less than one whose first keys are the least there can be.)
+                     and x.event < case when x.payload is null and x.metadata is null then '{"": null, "\u0001": null}'::jsonb
+                                        when x.payload is null or x.metadata is null
+                                          then '{"": null, "\u0001": null, "\u0002": null}'
+                                        else '{"": null, "\u0001": null, "\u0002": null, "\u0003": null}' end
+                     -- Small is not deep: a level takes 8 bytes.
+                     and (pg_column_size(x.event) < 800
+                          or not jsonb_path_exists(x.event, 'strict $.**{101} ? (@.type() == "object" || @.type() == "array")'))
+             then x.event_type end,
+           coalesce(x.payload, '{}'), coalesce(nullif(x.metadata, 'null'), '{}')
+      from (select u.no, u.event, u.event ->> 'event_type' as event_type, u.event -> 'payload' as payload,
+                   u.event -> 'metadata' as metadata
+              from jsonb_array_elements(_append_list.events) with ordinality as u (event, no)
+            offset 0) x
+    returning e."position", e.version;
+
+  if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
+    perform nightowls._refuse_older_snapshot(v_org);
+  end if;
+  if v_follows like '%reducer%' then
+    perform nightowls._project(v_org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null);
+  end if;
+  if v_follows like '%queue%' then
+    perform nightowls._route_events(v_org, array[_append_list.aggregate_type], array(
+      select e."position"
+        from nightowls.events e
+       where e.org_id = v_org
+         and e.aggregate_type = _append_list.aggregate_type
+         and e.aggregate_id = _append_list.aggregate_id
+         and e.version > v_head));
+  end if;
+  v_handle := set_config('nightowls.handle', case when v_follows like '%handler%'
+    then json_build_array(v_org, _append_list.aggregate_type, _append_list.aggregate_id, v_head)::text else '' end, true);
 end;
 $$;
 
 revoke all on function nightowls._append_list(uuid, text, text, jsonb, bigint) from public;
+
+-- Calls the handlers that wait for the events of _append_list().
+create function nightowls._handle_list()
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_batch json := current_setting('nightowls.handle');
+begin
+  perform nightowls._call_handlers((v_batch ->> 0)::uuid, array[v_batch ->> 1], array(
+    select e."position"
+      from nightowls.events e
+     where e.org_id = (v_batch ->> 0)::uuid
+       and e.aggregate_type = v_batch ->> 1
+       and e.aggregate_id = v_batch ->> 2
+       and e.version > (v_batch ->> 3)::bigint));
+end;
+$$;
+
+revoke all on function nightowls._handle_list() from public;
 
 create function nightowls.append_events(
   aggregate_type   text,
@@ -746,9 +876,10 @@ create function nightowls.append_events(
 as $$
 #variable_conflict use_column
 declare
-  v_org   uuid := nightowls.current_org(append_events.org);
-  v_batch record;
-  v_done  record;
+  v_org     uuid := nightowls._caller_org(append_events.org);
+  v_batch   record;
+  v_done    record;
+  v_is_done boolean;
 begin
   if octet_length(append_events.aggregate_type) not between 1 and 255
      or octet_length(append_events.aggregate_id) not between 1 and 1024
@@ -758,24 +889,32 @@ begin
     raise exception 'expected_version must be -1 or more' using errcode = 'invalid_parameter_value';
   end if;
   if append_events.container is not null or append_events.fence is not null then
+    v_org := coalesce(v_org, nightowls.current_org());
     v_batch := nightowls._parse_events(append_events.events, 'events');
     perform nightowls._guard_append(v_org, append_events.container, append_events.fence, v_batch.event_ids);
   end if;
 
   if jsonb_typeof(append_events.events) = 'array' and append_events.events <> '[]'
-     and not nightowls._is_too_large(append_events.events)
-     and not jsonb_path_exists(append_events.events, 'strict $.**{102} ? (@.type() == "object" || @.type() == "array")') then
-    v_done := nightowls._append_list(
-      v_org, append_events.aggregate_type, append_events.aggregate_id, append_events.events, append_events.expected_version);
-    if v_done.positions is not null then
-      if v_done.handled then
-        perform nightowls._call_handlers(v_org, array[append_events.aggregate_type], v_done.positions);
+     and not (append_events.events -> 0) ? 'event_id' and not nightowls._is_too_large(append_events.events) then
+    begin
+      return query
+        select l."position", l.version
+          from nightowls._append_list(
+                 v_org, append_events.aggregate_type, append_events.aggregate_id, append_events.events,
+                 append_events.expected_version) l;
+      v_is_done := found;
+    exception when unique_violation or not_null_violation then
+      v_is_done := false;
+    end;
+    if v_is_done then
+      if current_setting('nightowls.handle') <> '' then
+        perform nightowls._handle_list();
       end if;
-      return query select u."position", v_done.head + u.no from unnest(v_done.positions) with ordinality as u ("position", no);
       return;
     end if;
   end if;
 
+  v_org := coalesce(v_org, nightowls.current_org());
   v_batch := nightowls._parse_events(append_events.events, 'events');
   v_done := nightowls._append_batch(
     v_org, array[append_events.aggregate_type], array[append_events.aggregate_id], array[append_events.expected_version],

@@ -213,7 +213,7 @@ declare
   v_heads bigint[];
   v_key   text;
 begin
-  perform nightowls._hold(_import_rows.org, nightowls._last_position());
+  perform nightowls._hold(_import_rows.org, nightowls._org_class(_import_rows.org));
   loop
     -- Of several with one id the first.
     v_new := array(

@@ -151,9 +151,50 @@ $$;
 
 revoke all on function nightowls._refuse_write() from public;
 
+create function nightowls._check_state_write(table_schema text, table_name text, operation text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if starts_with(current_setting('nightowls.door', true), pg_current_xact_id_if_assigned()::text || '|project')
+     or nightowls._is_restoring() then
+    return;
+  end if;
+  raise exception '%.% is kept by a projection', _check_state_write.table_schema, _check_state_write.table_name
+    using errcode = 'NW008',
+          detail = format('%s is refused, whoever asks.', _check_state_write.operation),
+          hint = 'Append an event; to make the state anew, use nightowls.rebuild_projection(name).';
+end;
+$$;
+
+revoke all on function nightowls._check_state_write(text, text, text) from public;
+
+-- The same for the states, where an append needs no door: its mark will do. It pins no search_path, as every append with a
+-- projection pays for it.
+create function nightowls._refuse_state_write()
+  returns trigger
+  language plpgsql
+  volatile
+  parallel unsafe
+as $$
+#variable_conflict use_column
+begin
+  if not nightowls._is_append() then
+    perform nightowls._check_state_write(tg_table_schema::text, tg_table_name::text, tg_op);
+  end if;
+  return new;
+end;
+$$;
+
+revoke all on function nightowls._refuse_state_write() from public;
+
 create trigger t05_projection_only
   before insert or update or delete or truncate on nightowls._projection_states
-  for each statement execute function nightowls._refuse_write();
+  for each statement execute function nightowls._refuse_state_write();
 
 create trigger t05_projection_only
   instead of insert or update or delete on nightowls.projection_states
@@ -310,85 +351,69 @@ $$;
 
 revoke all on function nightowls._project(uuid, text[], text[], bigint[]) from public;
 
--- The same for one event, which is folded into the states that the event before it has left; one that is further behind is
--- folded from the log. The plan of _project() takes longer to set up.
--- It runs in functions of the owner's, which have pinned the search_path and the plans.
-create function nightowls._project_one(org uuid, aggregate_type text, aggregate_id text, version bigint)
-  returns void
+-- The same for the usual case: one event, and one projection of the type, whose state is that of the event before it. False if it is
+-- another one, a snapshot is due, or somebody else has the row: then it is _project()'s. The row that is replaced becomes the new one, which
+-- for who looks for the newest is the same as if it were deleted and another one inserted.
+-- It runs in functions of the owner's that append: they have pinned the search_path, by whose mark _refuse_state_write() lets it pass.
+create function nightowls._project_one(
+  org            uuid,
+  projection     text,
+  aggregate_type text,
+  aggregate_id   text,
+  version        bigint,
+  at             bigint,
+  event_type     text,
+  payload        jsonb,
+  metadata       jsonb,
+  event_id       uuid,
+  created_at     timestamptz
+)
+  returns boolean
   language plpgsql
   volatile
   parallel unsafe
 as $$
 #variable_conflict use_column
-declare
-  v_door        text := coalesce(current_setting('nightowls.door', true), '');
-  v_done        boolean := nightowls._open_door('project') is not null;
-  v_names       text[];
-  v_generations bigint[];
 begin
-  with folded as materialized (
-    select p.name, p.generation, o.ctid as replaced, e.version, e."position",
-           case
-             when coalesce(o.version, 0) = e.version - 1 then
-               nightowls._fold_row(
-                 p.reducer, case when o.version is null then coalesce(p.reducer -> 'initial', '{}') else o.state end, e.event_type,
-                 e.aggregate_type, e.aggregate_id, e.version, e."position", e.event_id, e.created_at, e.payload, e.metadata)
-             else
-               (nightowls._fold_tail(
-                  e.org_id, p.reducer, case when o.version is null then coalesce(p.reducer -> 'initial', '{}') else o.state end,
-                  e.aggregate_type, e.aggregate_id, coalesce(o.version, 0) + 1, e.version)).state
-           end as state,
-           e.version / p.snapshot_every > coalesce(o.version, 0) / p.snapshot_every as snapped
-      from nightowls.events e
+  if _project_one.version > 1 then
+    update nightowls._projection_states s
+       set version = _project_one.version, "position" = _project_one.at, updated_at = clock_timestamp(),
+           state = nightowls._fold_row(
+             p.reducer, o.state, _project_one.event_type, _project_one.aggregate_type, _project_one.aggregate_id,
+             _project_one.version, _project_one.at, _project_one.event_id, _project_one.created_at, _project_one.payload,
+             _project_one.metadata)
+      from nightowls.projections p
      cross join lateral (
-             select x.name
-               from nightowls.routes x
-              where x.org_id = e.org_id and x.aggregate_type = e.aggregate_type and x.kind = 'reducer'
-             offset 0) r
-     cross join lateral (
-             select x.name, x.generation, x.reducer, x.snapshot_every
-               from nightowls.projections x
-              where x.org_id = e.org_id and x.name = r.name
-             offset 0) p
-      left join lateral (
-             select s.ctid, s.version, s.state
-               from nightowls._projection_states s
-              where s.org_id = e.org_id and s.projection = p.name and s.generation = p.generation
-                and s.aggregate_id = e.aggregate_id
-              order by s.version desc
-              limit 1) o on true
-     where e.org_id = _project_one.org
-       and e.aggregate_type = _project_one.aggregate_type
-       and e.aggregate_id = _project_one.aggregate_id
-       and e.version = _project_one.version
-       and coalesce(o.version, 0) < e.version
-  ), removed as (
-    -- By place, so that nothing is searched for; one that somebody else is replacing is left to them.
-    delete from nightowls._projection_states s
-     where s.ctid = any (array(
-             select x.ctid
+             select x.ctid as place, x.state
                from nightowls._projection_states x
-              where x.ctid = any (array(select f.replaced from folded f))
-                for update skip locked))
-  ), stored as (
+              where x.org_id = p.org_id
+                and x.projection = p.name
+                and x.generation = p.generation
+                and x.aggregate_id = _project_one.aggregate_id
+                and x.version = _project_one.version - 1
+                for update skip locked) o
+     where p.org_id = _project_one.org
+       and p.name = _project_one.projection
+       and (_project_one.version % p.snapshot_every = 0) is not true
+       and s.ctid = o.place;
+  else
     insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
-    select _project_one.org, f.name, f.generation, _project_one.aggregate_id, f.version, f."position", f.state
-      from folded f
-    on conflict do nothing
-  )
-  select array_agg(f.name), array_agg(f.generation)
-    into v_names, v_generations
-    from folded f
-   where f.snapped;
-  if v_names is not null then
-    perform nightowls._snapshot_stored(_project_one.org, v_names, v_generations,
-                                       array_fill(_project_one.aggregate_id, array[cardinality(v_names)]));
+    select p.org_id, p.name, p.generation, _project_one.aggregate_id, _project_one.version, _project_one.at,
+           nightowls._fold_row(
+             p.reducer, coalesce(p.reducer -> 'initial', '{}'), _project_one.event_type, _project_one.aggregate_type,
+             _project_one.aggregate_id, _project_one.version, _project_one.at, _project_one.event_id, _project_one.created_at,
+             _project_one.payload, _project_one.metadata)
+      from nightowls.projections p
+     where p.org_id = _project_one.org
+       and p.name = _project_one.projection
+       and p.snapshot_every is distinct from 1
+    on conflict do nothing;
   end if;
-  v_done := set_config('nightowls.door', v_door, true) is not null;
+  return found;
 end;
 $$;
 
-revoke all on function nightowls._project_one(uuid, text, text, bigint) from public;
+revoke all on function nightowls._project_one(uuid, text, text, text, bigint, bigint, text, jsonb, jsonb, uuid, timestamptz) from public;
 
 -- Stores a state that a handler made, for no other kind of projection. Definer: nobody else may write states.
 create function nightowls._save_state(

@@ -80,7 +80,7 @@ comment on function nightowls.create_table_projection(text, text, text, text, uu
 
 revoke all on function nightowls.create_table_projection(text, text, text, text, uuid) from public;
 
--- Waits for every open append, and keeps new ones waiting until this transaction ends: each append reads routes.
+-- Waits for every open append, and keeps new ones waiting until this transaction ends: each append reads _append_targets.
 -- Definer: the table is closed.
 create function nightowls._await_appends()
   returns void
@@ -92,7 +92,7 @@ create function nightowls._await_appends()
 as $$
 #variable_conflict use_column
 begin
-  lock table nightowls.routes in access exclusive mode;
+  lock table nightowls._append_targets in access exclusive mode;
 end;
 $$;
 

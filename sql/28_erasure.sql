@@ -22,6 +22,7 @@ begin atomic
          ('_consumer_failures', '_erase_failures', null),
          ('imports', null, 'how far a source was taken: a place, no content'),
          ('routes', null, 'names of projections and queues'),
+         ('_append_targets', null, 'names of aggregate types'),
          ('projections', null, 'definitions'),
          ('_projection_states', '_erase_states', null),
          ('snapshots', '_erase_states', null),

@@ -1,6 +1,6 @@
 -- Routing: events that become messages in the transaction that appends them, and topics.
 --
--- A binding stands in queue_bindings; for each aggregate type it wants there is a row in routes, the one table every append looks into
+-- A binding stands in queue_bindings; for each aggregate type it wants there is a row in routes, which every append knows of
 -- (type '' for all of them). So who appends what nobody is bound to pays for nothing but that look.
 
 create table nightowls.queue_bindings (

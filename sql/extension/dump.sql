@@ -6,6 +6,7 @@ select pg_catalog.pg_extension_config_dump('nightowls.events', '');
 select pg_catalog.pg_extension_config_dump('nightowls.events_position_seq', '');
 select pg_catalog.pg_extension_config_dump('nightowls.imports', '');
 select pg_catalog.pg_extension_config_dump('nightowls.routes', '');
+select pg_catalog.pg_extension_config_dump('nightowls._append_targets', '');
 select pg_catalog.pg_extension_config_dump('nightowls.consumers', '');
 select pg_catalog.pg_extension_config_dump('nightowls.consumer_generations', '');
 select pg_catalog.pg_extension_config_dump('nightowls._consumer_offsets', '');
