@@ -45,6 +45,7 @@ mod queue_plans;
 mod queue_stress;
 mod queue_tick;
 mod queue_wait;
+mod queue_metrics;
 mod read_models;
 mod readme;
 mod redact;

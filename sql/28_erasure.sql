@@ -40,6 +40,7 @@ begin atomic
          ('queue_bindings', null, 'definitions'),
          ('topic_bindings', null, 'definitions'),
          ('once_keys', null, 'hashes of keys, until they expire'),
+         ('_queue_counts', null, 'counts'),
          ('floors', null, 'who holds what, while it is held'),
          ('floor_tickets', null, 'who waits for what, while they wait'),
          ('floor_marks', null, 'numbers'),

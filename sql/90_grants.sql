@@ -33,6 +33,7 @@ begin
                  'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.followups, nightowls.redaction_rules, nightowls.app_config to %I', grant_service.role);
   -- So that a direct write is told why it is refused.
   execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
+  execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics to %I', grant_service.role);
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
     execute format('grant select on %s to %I', v_view, grant_service.role);
   end loop;
@@ -66,6 +67,7 @@ create function nightowls._owner_functions()
   parallel safe
   return array['create_stream_join', 'create_enrichment', 'create_table_join', 'drop_stream', '_make_stream',
                'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
+               'install_rpc', '_serve',
                'grant_service', 'grant_member', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 

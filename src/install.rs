@@ -88,6 +88,8 @@ sql_files! {
     Both "routing" "../sql/35_routing.sql",
     Both "once" "../sql/36_once.sql",
     Both "process" "../sql/37_process.sql",
+    Both "queue_metrics" "../sql/37_queue_metrics.sql",
+    Both "queue_rpc" "../sql/38_queue_rpc.sql",
     Both "replay" "../sql/38_replay.sql",
     Both "queue_tick" "../sql/39_queue_tick.sql",
     Both "floors" "../sql/40_floors.sql",

@@ -35,6 +35,7 @@ select pg_catalog.pg_extension_config_dump('nightowls.queue_archive', '');
 select pg_catalog.pg_extension_config_dump('nightowls.queue_bindings', '');
 select pg_catalog.pg_extension_config_dump('nightowls.topic_bindings', '');
 select pg_catalog.pg_extension_config_dump('nightowls.once_keys', '');
+select pg_catalog.pg_extension_config_dump('nightowls._queue_counts', '');
 select pg_catalog.pg_extension_config_dump('nightowls.streams', '');
 select pg_catalog.pg_extension_config_dump('nightowls.agents', '');
 select pg_catalog.pg_extension_config_dump('nightowls.agent_versions', '');
