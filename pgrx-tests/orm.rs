@@ -67,21 +67,22 @@ pub struct Tools {
     pub folder: PathBuf,
 }
 
-type Found = Result<Tools, String>;
+pub type Found = Result<Tools, String>;
 
-/// `orm/<name>` where it is installed: `target/orm/<name>`. `install` is run
+/// `pgrx-tests/<place>` where it is installed: `target/<place>`. `install` is run
 /// there once for each state of the manifests.
 fn installed(
-    name: &str,
+    place: &str,
     manifests: &[&str],
     install: impl Fn(&Path) -> Result<(), String>,
 ) -> Found {
     let lists = Path::new(env!("CARGO_MANIFEST_DIR"))
-        .join("pgrx-tests/orm")
-        .join(name);
+        .join("pgrx-tests")
+        .join(place);
     let folder = Path::new(env!("CARGO_TARGET_TMPDIR"))
-        .with_file_name("orm")
-        .join(name);
+        .parent()
+        .expect("a folder in target/")
+        .join(place);
     fs::create_dir_all(&folder).expect("target/ takes a folder");
     // Another run of the suite may be installing.
     let lock = File::create(folder.join(".lock")).expect("the folder takes a file");
@@ -136,11 +137,59 @@ fn fetch(command: &mut Command) -> Result<(), String> {
 }
 
 /// Once a process; a skip, where it cannot be had.
-fn or_skip(name: &str, found: &'static Found) -> Option<&'static Tools> {
+pub fn or_skip(name: &str, found: &'static Found) -> Option<&'static Tools> {
     found
         .as_ref()
         .inspect_err(|reason| skip(&format!("{name} ({reason})")))
         .ok()
+}
+
+/// What `pgrx-tests/<place>/package-lock.json` names.
+pub fn npm(place: &str) -> Found {
+    let version = Command::new("node")
+        .arg("--version")
+        .output()
+        .map_err(|_| "no node")?;
+    let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
+    let major = version
+        .trim_start_matches('v')
+        .split('.')
+        .next()
+        .and_then(|n| n.parse().ok());
+    if major.is_none_or(|major: u32| major < 18) {
+        return Err(format!("node {version} is older than 18"));
+    }
+    installed(place, &["package.json", "package-lock.json"], |folder| {
+        fetch(
+            Command::new("npm")
+                .args(["ci", "--no-audit", "--no-fund", "--prefix"])
+                .arg(folder),
+        )
+    })
+}
+
+/// What `pgrx-tests/<place>/requirements.txt` names, in `venv/`.
+pub fn pip(place: &str) -> Found {
+    installed(place, &["requirements.txt"], |folder| {
+        let made = Command::new("python3")
+            .args(["-m", "venv", "--clear"])
+            .arg(folder.join("venv"))
+            .output();
+        if !made.is_ok_and(|output| output.status.success()) {
+            return Err("no python3-venv".to_owned());
+        }
+        fetch(
+            Command::new(folder.join("venv/bin/pip"))
+                .args([
+                    "install",
+                    "--quiet",
+                    "--no-input",
+                    "--disable-pip-version-check",
+                    "--requirement",
+                ])
+                .arg(folder.join("requirements.txt")),
+        )
+    })
 }
 
 pub fn node() -> Option<&'static Tools> {
@@ -148,26 +197,7 @@ pub fn node() -> Option<&'static Tools> {
     or_skip(
         "drizzle",
         NODE.get_or_init(|| {
-            let version = Command::new("node")
-                .arg("--version")
-                .output()
-                .map_err(|_| "no node")?;
-            let version = String::from_utf8_lossy(&version.stdout).trim().to_owned();
-            let major = version
-                .trim_start_matches('v')
-                .split('.')
-                .next()
-                .and_then(|n| n.parse().ok());
-            if major.is_none_or(|major: u32| major < 18) {
-                return Err(format!("node {version} is older than 18"));
-            }
-            installed("npm", &["package.json", "package-lock.json"], |folder| {
-                fetch(
-                    Command::new("npm")
-                        .args(["ci", "--no-audit", "--no-fund", "--prefix"])
-                        .arg(folder),
-                )
-            })
+            npm("orm/npm")
         }),
     )
 }
@@ -177,26 +207,7 @@ fn python() -> Option<&'static Tools> {
     or_skip(
         "sqlalchemy",
         PYTHON.get_or_init(|| {
-            installed("py", &["requirements.txt"], |folder| {
-                let made = Command::new("python3")
-                    .args(["-m", "venv", "--clear"])
-                    .arg(folder.join("venv"))
-                    .output();
-                if !made.is_ok_and(|output| output.status.success()) {
-                    return Err("no python3-venv".to_owned());
-                }
-                fetch(
-                    Command::new(folder.join("venv/bin/pip"))
-                        .args([
-                            "install",
-                            "--quiet",
-                            "--no-input",
-                            "--disable-pip-version-check",
-                            "--requirement",
-                        ])
-                        .arg(folder.join("requirements.txt")),
-                )
-            })
+            pip("orm/py")
         }),
     )
 }
@@ -208,7 +219,7 @@ fn sqlx() -> Option<&'static Tools> {
         SQLX.get_or_init(|| {
             let cargo =
                 || Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
-            let tools = installed("sqlx", &["Cargo.toml", "Cargo.lock"], |folder| {
+            let tools = installed("orm/sqlx", &["Cargo.toml", "Cargo.lock"], |folder| {
                 write(folder, "src/main.rs", "fn main() {}");
                 fetch(
                     cargo()

@@ -8,6 +8,7 @@ use crate::support::{
 
 /// What only the owner may call, among what is public.
 const OWNERS: &[&str] = &[
+    "adopt_pgmq",
     "create_enrichment",
     "create_stream_join",
     "create_table_join",
@@ -20,6 +21,7 @@ const OWNERS: &[&str] = &[
     "grant_member",
     "grant_service",
     "import_events",
+    "install_pgmq",
     "install_rpc",
     "migration_files",
     "publish_changes",

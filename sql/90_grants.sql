@@ -67,7 +67,7 @@ create function nightowls._owner_functions()
   parallel safe
   return array['create_stream_join', 'create_enrichment', 'create_table_join', 'drop_stream', '_make_stream',
                'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
-               'install_rpc', '_serve',
+               'install_rpc', '_serve', 'install_pgmq', 'adopt_pgmq', '_take_pgmq', '_pgmq_last_id',
                'grant_service', 'grant_member', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 

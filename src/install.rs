@@ -91,6 +91,7 @@ sql_files! {
     Both "queue_metrics" "../sql/37_queue_metrics.sql",
     Both "queue_rpc" "../sql/38_queue_rpc.sql",
     Both "replay" "../sql/38_replay.sql",
+    Both "pgmq" "../sql/39_pgmq.sql",
     Both "queue_tick" "../sql/39_queue_tick.sql",
     Both "floors" "../sql/40_floors.sql",
     Both "floor_sweep" "../sql/41_floor_sweep.sql",
