@@ -194,22 +194,12 @@ pub fn pip(place: &str) -> Found {
 
 pub fn node() -> Option<&'static Tools> {
     static NODE: OnceLock<Found> = OnceLock::new();
-    or_skip(
-        "drizzle",
-        NODE.get_or_init(|| {
-            npm("orm/npm")
-        }),
-    )
+    or_skip("drizzle", NODE.get_or_init(|| npm("orm/npm")))
 }
 
 fn python() -> Option<&'static Tools> {
     static PYTHON: OnceLock<Found> = OnceLock::new();
-    or_skip(
-        "sqlalchemy",
-        PYTHON.get_or_init(|| {
-            pip("orm/py")
-        }),
-    )
+    or_skip("sqlalchemy", PYTHON.get_or_init(|| pip("orm/py")))
 }
 
 fn sqlx() -> Option<&'static Tools> {

@@ -185,6 +185,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "floor_tickets select",
                 "floors select",
                 "followups select",
+                "health select",
                 "imports select",
                 "messages select",
                 "once_keys select",
@@ -625,6 +626,11 @@ const CALLS: &[(&str, &str)] = &[
     (
         "load_run_snapshot",
         "select nightowls.load_run_snapshot('rv')",
+    ),
+    ("metrics", "select nightowls.metrics('jobs')"),
+    (
+        "metrics_all",
+        "select count(*) from nightowls.metrics_all()",
     ),
     (
         "nack",

@@ -148,14 +148,20 @@ fn what_was_sent_is_done_or_counted_whatever_happened() {
                             more = 5;
                         }
                         2 => {
-                            let popped =
-                                lines(&mut service, &format!("select msg_id from nightowls.pop('{queue}', 2)"));
+                            let popped = lines(
+                                &mut service,
+                                &format!("select msg_id from nightowls.pop('{queue}', 2)"),
+                            );
                             fewer = popped.len() as i64;
                         }
                         way => {
                             for claim in read(&mut service, queue, 60, 3) {
                                 let what = if way == 3 { "nack" } else { "ack" };
-                                let more = if way > 3 { "" } else { [", 'no', 0", ", 'no', 3600"][random.below(2) as usize] };
+                                let more = if way > 3 {
+                                    ""
+                                } else {
+                                    [", 'no', 0", ", 'no', 3600"][random.below(2) as usize]
+                                };
                                 let good = settle(&mut service, what, queue, &claim, more);
                                 assert!(good, "{what} of a message just read");
                                 fewer += i64::from(what == "ack");
@@ -258,9 +264,7 @@ fn beyond_ten_thousand_it_is_the_clocks_last_count_and_says_so() {
         send(&mut service, 10001);
         count_all(&mut service);
         assert_eq!(text(&mut service, kept), "1");
-        service.exec(
-            "select nightowls.drop_queue('jobs'); select nightowls._count_queues()",
-        );
+        service.exec("select nightowls.drop_queue('jobs'); select nightowls._count_queues()");
         assert_eq!(text(&mut service, kept), "0");
     });
 }
@@ -269,9 +273,7 @@ fn beyond_ten_thousand_it_is_the_clocks_last_count_and_says_so() {
 fn two_clocks_count_without_waiting_for_each_other() {
     on_each_install(|db| {
         let mut service = jobs(db);
-        service.exec(
-            "select nightowls.send_batch('jobs', array_fill('1'::jsonb, array[10001]))",
-        );
+        service.exec("select nightowls.send_batch('jobs', array_fill('1'::jsonb, array[10001]))");
         let mut other = db.service();
         other.exec("begin");
         assert_eq!(
@@ -348,9 +350,7 @@ fn measuring_costs_the_same_however_much_there_is() {
         db.superuser().exec(
             "select nightowls._move_marks(org_id, queue_id), nightowls._move_due_mark(org_id, queue_id) from nightowls.queues",
         );
-        service.exec(
-            "select nightowls.send_batch('jobs', array_fill('1'::jsonb, array[100]))",
-        );
+        service.exec("select nightowls.send_batch('jobs', array_fill('1'::jsonb, array[100]))");
         let after = buffers(&mut service, measure);
         assert!(
             after < 300,

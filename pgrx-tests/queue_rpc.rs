@@ -7,9 +7,7 @@ use crate::fixture::{default_org, lines};
 use crate::orm::{Found, Tools, npm, or_skip, run, write};
 use crate::projections::text;
 use crate::queue::jobs;
-use crate::support::{
-    APP, Db, Install, OWNER, SERVICE, STRANGER, on_each_install, own_cluster,
-};
+use crate::support::{APP, Db, Install, OWNER, SERVICE, STRANGER, on_each_install, own_cluster};
 
 /// The npm clients, PostgREST and the programs of `pgrx-tests/clients/npm`.
 pub fn node_clients() -> Option<&'static Tools> {
@@ -227,10 +225,7 @@ fn a_worker_written_against_supabase_js_runs_verbatim() {
                      NW007 queue \"jbos\" does not exist Did you mean \"jobs\"?\nnumber 1 eve\ntrue false\n{refused}{refused}"
                 )
             );
-            let left = text(
-                &mut owner,
-                "select count(*) from nightowls.queue_messages",
-            );
+            let left = text(&mut owner, "select count(*) from nightowls.queue_messages");
             assert_eq!(left, "0");
         });
     }

@@ -254,6 +254,7 @@ tour summary.sql
 prove
 tour guarantees.sql
 tour long.sql
+tour queue.sql
 
 title 'Go on'
 line "$("$command" --print "$database")"

@@ -17,6 +17,8 @@ create table nightowls._queue_counts (
   queue_id   int not null,
   counts     nightowls._queue_count,
   counted_at timestamptz,
+  before     nightowls._queue_count,
+  before_at  timestamptz,
   so_far     nightowls._queue_count,
   after      bigint,
   constraint _queue_counts_pkey primary key (org_id, queue_id)
@@ -27,6 +29,8 @@ comment on column nightowls._queue_counts.org_id is 'The tenant.';
 comment on column nightowls._queue_counts.queue_id is 'The queue.';
 comment on column nightowls._queue_counts.counts is 'The last complete count; null: there was none yet.';
 comment on column nightowls._queue_counts.counted_at is 'When that was complete.';
+comment on column nightowls._queue_counts.before is 'An earlier count, by which health sees whether the queue grows.';
+comment on column nightowls._queue_counts.before_at is 'When that was complete.';
 comment on column nightowls._queue_counts.so_far is 'What the count that is under way has found.';
 comment on column nightowls._queue_counts.after is 'The last message it has looked at; null: none is under way.';
 
@@ -333,14 +337,16 @@ begin
       continue;
     end if;
     insert into nightowls._queue_counts (org_id, queue_id) values (v_queue.org_id, v_queue.queue_id) on conflict do nothing;
-    select c.so_far, c.after into v_count
+    select c.so_far, c.after, c.before_at is null or c.before_at < clock_timestamp() - interval '10 minutes' as older into v_count
       from nightowls._queue_counts c
      where c.org_id = v_queue.org_id and c.queue_id = v_queue.queue_id;
     loop
       v_step := nightowls._count_on(v_queue.org_id, v_queue.queue_id, v_count.so_far, coalesce(v_count.after, 0), 10000);
       if v_step.finished then
         update nightowls._queue_counts c
-           set counts = v_step.counts, counted_at = clock_timestamp(), so_far = null, after = null
+           set counts = v_step.counts, counted_at = clock_timestamp(), so_far = null, after = null,
+               before = case when v_count.older then c.counts else c.before end,
+               before_at = case when v_count.older then c.counted_at else c.before_at end
          where c.org_id = v_queue.org_id and c.queue_id = v_queue.queue_id;
         v_done := v_done + 1;
         exit;

@@ -6,7 +6,7 @@ create function nightowls._rpc_functions()
   immutable
   parallel safe
   return array['pop_queue', 'ack_message',
-               'send', 'send_batch', 'read', 'read_with_poll', 'pop', 'ack', 'ack_many', 'nack', 'nack_many', 'extend', 'extend_many',
+               'send', 'send_batch', 'send_topic', 'once', 'read', 'read_with_poll', 'pop', 'ack', 'ack_many', 'nack', 'nack_many', 'extend', 'extend_many',
                'append_event', 'append_events', 'append_many', 'read_aggregate', 'read_events', 'state',
                'fetch_events', 'commit_offset',
                'request_floor', 'await_floor', 'heartbeat_floor', 'release_floor'];

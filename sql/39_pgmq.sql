@@ -864,6 +864,7 @@ begin
     end loop;
   end if;
 
+  perform nightowls._announce(v_org, v_queue.queue_id, messages::int);
   execute format('select exists (select from %s) or exists (select from %s)', v_source, v_archive) into more;
   return next;
 end;

@@ -33,7 +33,7 @@ begin
                  'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.followups, nightowls.redaction_rules, nightowls.app_config to %I', grant_service.role);
   -- So that a direct write is told why it is refused.
   execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
-  execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics to %I', grant_service.role);
+  execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics, nightowls.health to %I', grant_service.role);
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
     execute format('grant select on %s to %I', v_view, grant_service.role);
   end loop;

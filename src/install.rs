@@ -107,6 +107,7 @@ sql_files! {
     Both "member_views" "../sql/59_member_views.sql",
     Both "streams" "../sql/75_streams.sql",
     Both "cdc" "../sql/77_cdc.sql",
+    Both "operations" "../sql/80_operations.sql",
     Extension "migration" "../sql/extension/migration.sql",
     Both "grants" "../sql/90_grants.sql",
     Extension "dump" "../sql/extension/dump.sql",
