@@ -33,28 +33,28 @@ queue_new() { # <database> <install>: with the queues
 
 queue_fill() { # <database> <messages> [<delay>]: in as many transactions as there are thousands
   if [[ $1 == *pgmq* ]]; then
-    sql "$1" postgres -c "select count(pgmq.send_batch('jobs', array_fill('$payload'::jsonb, array[1000]), ${3:-0})) from generate_series(1, $2 / 1000)" >/dev/null
+    sql "$1" postgres -c "select count(*) from generate_series(1, $2 / 1000), pgmq.send_batch('jobs', array_fill('$payload'::jsonb, array[1000]), ${3:-0})" >/dev/null
     sql "$1" postgres -c 'vacuum analyze pgmq.q_jobs'
   else
-    sql "$1" bench_service -c "select count(nightowls.send_batch('jobs', array_fill('$payload'::jsonb, array[1000]), ${3:-0})) from generate_series(1, $2 / 1000)" >/dev/null
+    sql "$1" bench_service -c "select count(*) from generate_series(1, $2 / 1000), nightowls.send_batch('jobs', array_fill('$payload'::jsonb, array[1000]), ${3:-0})" >/dev/null
     sql "$1" postgres -c 'vacuum analyze nightowls.queue_messages'
   fi
 }
 
-queue_compare() { # <group> <script> <each> <clients> <title> <unit> <bar> <what>: both installs and pgmq
-  local name=$1 script=$2 each=$3 clients=$4 title=$5 unit=$6 bar=$7 what=$8 asked=() pairs=() install
+queue_compare() { # <group> <script> <how many> <clients> <heading> <unit> <bar> <what>: both installs and pgmq
+  local name=$1 file=$2 size=$3 clients=$4 heading=$5 unit=$6 bar=$7 what=$8 asked=() pairs=() install
   for install in extension plain; do
-    candidate "$name$install" "$install" "$install" bench_service "queue_$script.sql" "$each"
+    candidate "$name$install" "$install" "$install" bench_service "queue_$file.sql" "$size"
     asked+=("$name$install")
     if [ -n "$queue_pgmq" ]; then pairs+=("$name$install/${name}pgmq=$bar${bar:+=$what, $install: × pgmq}"); fi
   done
   if [ -n "$queue_pgmq" ]; then
-    candidate "${name}pgmq" pgmq pgmq bench_service "queue_${script}_pgmq.sql" "$each"
+    candidate "${name}pgmq" pgmq pgmq bench_service "queue_${file}_pgmq.sql" "$size"
     asked+=("${name}pgmq")
   fi
-  stage "$title, clients: $clients"
+  stage "$heading, clients: $clients"
   group "$name" "$clients" "${asked[@]}"
-  table "$name" "$title" "$unit" "${asked[@]}" -- "${pairs[@]}"
+  table "$name" "$heading" "$unit" "${asked[@]}" -- "${pairs[@]}"
 }
 
 queue_flush() { # on or off
@@ -64,7 +64,7 @@ queue_flush() { # on or off
 
 bench_queue() {
   title 'The queue'
-  local install one held seconds median least most clients backlog=1000000 many=400000 turns=15
+  local install one held seconds median least most clients asked=() backlog=1000000 many=400000 turns=15
   if [ "$mode" = quick ]; then backlog=100000 many=100000 turns=3; fi
   queue_pgmq=
   if queue_get_pgmq; then
@@ -110,14 +110,14 @@ bench_queue() {
 
   stage '100,000 messages in 1,000 groups'
   for install in extension plain; do
-    sql "$install" bench_service -c "select count(nightowls.send_batch('grouped', array_fill('1'::jsonb, array[1000]),
-      group_keys => array(select 'g' || i from generate_series(1, 1000) i))) from generate_series(1, 100)" >/dev/null
+    sql "$install" bench_service -c "select count(*) from generate_series(1, 100), nightowls.send_batch('grouped', array_fill('1'::jsonb, array[1000]),
+      group_keys => array(select 'g' || i from generate_series(1, 1000) i))" >/dev/null
     candidate "groups_$install" "$install" "$install" bench_service queue_groups.sql 1
   done
   asked=(groups_extension groups_plain)
   if [ -n "$queue_pgmq" ]; then
-    sql pgmq postgres -c "select count(pgmq.send_batch('grouped', array_fill('1'::jsonb, array[1000]),
-      array(select jsonb_build_object('x-pgmq-group', 'g' || i) from generate_series(1, 1000) i))) from generate_series(1, 100)" >/dev/null
+    sql pgmq postgres -c "select count(*) from generate_series(1, 100), pgmq.send_batch('grouped', array_fill('1'::jsonb, array[1000]),
+      array(select jsonb_build_object('x-pgmq-group', 'g' || i) from generate_series(1, 1000) i))" >/dev/null
     candidate groups_pgmq 'pgmq, read_grouped_head' pgmq bench_service queue_groups_pgmq.sql 1
     asked+=(groups_pgmq)
   fi
@@ -137,23 +137,25 @@ bench_queue() {
     candidate "held_$install" "$install, held" "${install}_held" bench_service queue_cycle.sql 1
   done
   asked=(free_extension held_extension free_plain held_plain)
-  one=(extension_held plain_held)
+  local holders=(extension_held plain_held)
   if [ -n "$queue_pgmq" ]; then
     queue_new_pgmq pgmq_held
     queue_fill pgmq_held 1000
-    candidate free_pgmq 'pgmq, free' pgmq bench_service queue_cycle_pgmq.sql 1
+    queue_new_pgmq pgmq_few
+    queue_fill pgmq_few 1000
+    candidate free_pgmq 'pgmq, free' pgmq_few bench_service queue_cycle_pgmq.sql 1
     candidate held_pgmq 'pgmq, held' pgmq_held bench_service queue_cycle_pgmq.sql 1
     asked+=(free_pgmq held_pgmq)
-    one+=(pgmq_held)
+    holders+=(pgmq_held)
   fi
-  hold_snapshots "${one[@]}"
+  hold_snapshots "${holders[@]}"
   rounds=$turns group held 4 "${asked[@]}"
   read -r held seconds <<<"$(snapshots_held)"
-  [ "$held" = ${#one[@]} ] || die 'a snapshot was not held open'
+  [ "$held" = ${#holders[@]} ] || die 'a snapshot was not held open'
   release_snapshots
   table held "Cycles, a snapshot held for $seconds s at the end" cycles/s "${asked[@]}" -- \
     held_extension/free_extension=0.9="cycles with a snapshot held for $seconds s, extension: × without" \
-    held_plain/free_plain=0.9="cycles with a snapshot held for $seconds s, plain: × without" held_pgmq/free_pgmq
+    held_plain/free_plain=0.9="cycles with a snapshot held for $seconds s, plain: × without" ${queue_pgmq:+held_pgmq/free_pgmq}
   for install in extension plain ${queue_pgmq:+pgmq}; do
     read -r median least most <<<"$(ratio held "held_$install" "free_$install" 5)"
     if [ "$install" = pgmq ]; then
@@ -162,4 +164,5 @@ bench_queue() {
       judge "the last 5 rounds of it, $install: × without" "$median" "$median ($least–$most)" 0.9 '≥ 0.9'
     fi
   done
+  sql postgres postgres -c 'alter system reset synchronous_commit' -c 'select pg_reload_conf()' >/dev/null
 }

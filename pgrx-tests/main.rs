@@ -46,6 +46,7 @@ mod queue_marks;
 mod queue_metrics;
 mod queue_plans;
 mod queue_rpc;
+mod queue_space;
 mod queue_stress;
 mod queue_tick;
 mod queue_wait;
