@@ -12,7 +12,7 @@ candidate() { # <name> <label> <database> <user> <script, of benches/ or a path>
   local name=$1
   label[$name]=$2 database[$name]=$3 user[$name]=$4 script[$name]=$5 each[$name]=$6
   shift 6
-  options[$name]=$(printf '%q ' "$@")
+  options[$name]=$([ $# = 0 ] || printf '%q ' "$@")
 }
 
 round_of() { # <group> <candidate> <clients> <round>: one round; its rate is in $rate
