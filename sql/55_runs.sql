@@ -624,6 +624,83 @@ revoke all on function nightowls.load_run_snapshot(text, bigint, uuid) from publ
 
 -- A run's events --------------------------------------------------------------------------------------
 
+-- redacted: for a member, whom _my_run_events() looks at; else whoever calls it has checked the org.
+-- Definer: members may not read the log, nor wait for whatever they like.
+create function nightowls._list_run_events(
+  org uuid, run_id text, after bigint, max_events int, max_wait interval, redacted boolean)
+  returns table (
+    "position" bigint, version bigint, event_type text, payload jsonb, metadata jsonb, event_id uuid, created_at timestamptz)
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_until timestamptz := clock_timestamp() + _list_run_events.max_wait;
+  v_key   text := 'events/' || nightowls._org_class(_list_run_events.org);
+  v_seen  bigint;
+  v_nth   int := 0;
+begin
+  perform nightowls._check_max_events(_list_run_events.max_events);
+  if _list_run_events.run_id is null or _list_run_events.after is null or _list_run_events.max_wait is null then
+    raise exception 'run_id, after and max_wait must not be null' using errcode = 'null_value_not_allowed';
+  elsif _list_run_events.max_wait not between interval '0' and interval '1 minute' then
+    raise exception 'max_wait must be between 0 and 1 minute'
+      using errcode = 'invalid_parameter_value', hint = 'Call again to wait longer.';
+  elsif _list_run_events.max_wait > interval '0' then
+    perform nightowls._refuse_snapshot('waiting for events');
+    v_seen := nightowls._wake_count(v_key);
+  end if;
+  loop
+    if _list_run_events.redacted then
+      return query
+        select e.*
+          from nightowls._my_run_events(
+                 _list_run_events.org, _list_run_events.run_id, _list_run_events.after, _list_run_events.max_events) e;
+    else
+      return query
+        select e."position", e.version, e.event_type, e.payload, e.metadata, e.event_id, e.created_at
+          from nightowls.read_aggregate(
+                 'run', _list_run_events.run_id,
+                 coalesce(nightowls._version_at(_list_run_events.org, 'run', _list_run_events.run_id, _list_run_events.after), 0) + 1,
+                 _list_run_events.max_events, org => _list_run_events.org) e;
+    end if;
+    exit when found or clock_timestamp() >= v_until;
+    v_seen := nightowls._nap(v_key, v_seen, v_nth, ceil(extract(epoch from v_until - clock_timestamp()) * 1000)::int);
+    v_nth := v_nth + 1;
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._list_run_events(uuid, text, bigint, int, interval, boolean) from public;
+
+-- Definer: for members, as the above; it looks at the membership of the caller of the setting or JWT.
+create function nightowls._list_my_run_events(org uuid, run_id text, after bigint, max_events int, max_wait interval)
+  returns table (
+    "position" bigint, version bigint, event_type text, payload jsonb, metadata jsonb, event_id uuid, created_at timestamptz)
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if not nightowls._is_member(_list_my_run_events.org) then
+    perform nightowls._refuse_member(_list_my_run_events.org, 'Members of the org read its runs.');
+  end if;
+  return query
+    select e.*
+      from nightowls._list_run_events(
+             _list_my_run_events.org, _list_my_run_events.run_id, _list_my_run_events.after, _list_my_run_events.max_events,
+             _list_my_run_events.max_wait, true) e;
+end;
+$$;
+
+revoke all on function nightowls._list_my_run_events(uuid, text, bigint, int, interval) from public;
+
 create function nightowls.list_run_events(
   run_id     text,
   after      bigint default 0,
@@ -640,38 +717,19 @@ create function nightowls.list_run_events(
 as $$
 #variable_conflict use_column
 declare
-  v_org   uuid := nightowls.current_org(list_run_events.org);
-  v_until timestamptz := clock_timestamp() + list_run_events.max_wait;
-  v_key   text := 'events/' || nightowls._org_class(v_org);
-  v_seen  bigint;
-  v_nth   int := 0;
+  v_org uuid := nightowls.current_org(list_run_events.org);
 begin
-  perform nightowls._check_max_events(list_run_events.max_events);
-  if list_run_events.run_id is null or list_run_events.after is null or list_run_events.max_wait is null then
-    raise exception 'run_id, after and max_wait must not be null' using errcode = 'null_value_not_allowed';
-  elsif list_run_events.max_wait not between interval '0' and interval '1 minute' then
-    raise exception 'max_wait must be between 0 and 1 minute'
-      using errcode = 'invalid_parameter_value', hint = 'Call again to wait longer.';
-  elsif list_run_events.max_wait > interval '0' then
-    perform nightowls._refuse_snapshot('waiting for events');
-    v_seen := nightowls._wake_count(v_key);
+  if nightowls._is_service() then
+    return query
+      select e.*
+        from nightowls._list_run_events(
+               v_org, list_run_events.run_id, list_run_events.after, list_run_events.max_events, list_run_events.max_wait, false) e;
+    return;
   end if;
-  loop
-    if nightowls._is_service() then
-      return query
-        select e."position", e.version, e.event_type, e.payload, e.metadata, e.event_id, e.created_at
-          from nightowls.read_aggregate(
-                 'run', list_run_events.run_id, coalesce(nightowls._version_at(v_org, 'run', list_run_events.run_id, list_run_events.after), 0) + 1,
-                 list_run_events.max_events, org => v_org) e;
-    else
-      return query
-        select e.*
-          from nightowls._my_run_events(v_org, list_run_events.run_id, list_run_events.after, list_run_events.max_events) e;
-    end if;
-    exit when found or clock_timestamp() >= v_until;
-    v_seen := nightowls._nap(v_key, v_seen, v_nth, ceil(extract(epoch from v_until - clock_timestamp()) * 1000)::int);
-    v_nth := v_nth + 1;
-  end loop;
+  return query
+    select e.*
+      from nightowls._list_my_run_events(
+             v_org, list_run_events.run_id, list_run_events.after, list_run_events.max_events, list_run_events.max_wait) e;
 end;
 $$;
 

@@ -81,8 +81,8 @@ create function nightowls._member_functions()
   immutable
   parallel safe
   return array['version', 'current_org', 'add_member', 'change_member', 'remove_member', 'append_message', 'list_messages',
-               'list_run_events', 'get_config_value', '_my_config_value', '_post_message', '_list_messages_redacted', '_my_thread', '_my_run', '_my_message', '_my_run_events',
-               '_check_max_events', '_refuse_snapshot', '_org_class', '_wake_count', '_nap',
+               'list_run_events', 'get_config_value', '_my_config_value', '_post_message', '_list_messages_redacted',
+               '_list_my_run_events', '_my_thread', '_my_run', '_my_message', '_my_run_events',
                '_is_service', '_is_member', '_user_id', '_resolve_org', '_member_orgs', '_manage_member'];
 
 revoke all on function nightowls._member_functions() from public;
