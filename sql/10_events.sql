@@ -855,7 +855,9 @@ begin
     perform nightowls._project(
       _after_append.org, _after_append.aggregate_types, _after_append.aggregate_ids, _after_append.versions);
   end if;
-  if v_kinds like '%queue%' and _after_append.positions is not null then
+  if v_kinds like '%queue%' and cardinality(_after_append.positions) = 1 then
+    perform nightowls._route_event(_after_append.org, _after_append.positions[1]);
+  elsif v_kinds like '%queue%' and _after_append.positions is not null then
     perform nightowls._route_events(_after_append.org, _after_append.aggregate_types, _after_append.positions);
   end if;
   return v_kinds like '%handler%';

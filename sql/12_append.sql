@@ -385,7 +385,7 @@ begin
     perform nightowls._project(v_org, array[_append_one.aggregate_type], array[_append_one.aggregate_id], array[v_version]);
   end if;
   if v_follows like '%queue%' then
-    perform nightowls._route_events(v_org, array[_append_one.aggregate_type], array[v_position]);
+    perform nightowls._route_event(v_org, v_position);
   end if;
   if v_follows like '%handler%' then
     perform set_config('nightowls.handle', json_build_array(v_org, _append_one.aggregate_type, v_position, v_version)::text, true);

@@ -413,19 +413,20 @@ begin
   insert into nightowls.queue_messages (org_id, queue_id, msg_id, line_no, message)
   select n.org_id, n.queue_id, n.line_no, n.line_no, _send.message
     from (select o.org_id, o.queue_id, nextval('nightowls.queue_line_no') as line_no
-            from (select q.org_id, q.queue_id, q.name, q.notify, nightowls._last_line() as last
+            from (select q.org_id, q.queue_id, nightowls._last_line() as last
                     from nightowls.queues q
                    where q.org_id = coalesce(_send.org, (
                            select (s.value #>> '{}')::uuid from nightowls.settings s where s.name = 'default_org'))
-                     and q.name = nightowls._queue_name(_send.name)
+                     and q.name = nightowls._queue_name(_send.name) and not q.notify
                   offset 0) o
            where nightowls._hold_line(o.org_id, o.last)
              and nightowls._wake('queue/' || o.queue_id, 1)
-             and (not o.notify or nightowls._notify_queue(o.org_id, o.name))
           offset 0) n
   returning msg_id into v_id;
   if v_id is null then
-    perform nightowls._refuse_queue(coalesce(_send.org, nightowls._resolve_org()), _send.name);
+    -- The queue notifies, or there is none.
+    return (nightowls._send_batch(
+      coalesce(_send.org, nightowls._resolve_org()), _send.name, array[_send.message], 0, null, null, null, null, 0))[1];
   end if;
   return v_id;
 end;

@@ -181,6 +181,73 @@ $$;
 
 revoke all on function nightowls._route_events(uuid, text[], bigint[]) from public;
 
+-- The same for one event, the usual case: what it is bound to, the hold, the numbers and the messages in one statement.
+-- Definer: as _route_events.
+create function nightowls._route_event(org uuid, "position" bigint)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_sent  record;
+  v_queue int;
+  v_group text;
+begin
+  with sent as (
+    insert into nightowls.queue_messages (org_id, queue_id, state, msg_id, line_no, group_key, headers, message)
+    select _route_event.org, n.queue_id, case when n.grouped then 'w' else 'r' end::"char", n.line_no, n.line_no,
+           case when n.grouped then nightowls._event_group(n.aggregate_type, n.aggregate_id) end,
+           jsonb_build_object('nightowls_event', n."position"),
+           jsonb_build_object(
+             'position', n."position", 'aggregate_type', n.aggregate_type, 'aggregate_id', n.aggregate_id, 'version', n.version,
+             'event_type', n.event_type, 'payload', n.payload, 'metadata', n.metadata, 'event_id', n.event_id,
+             'created_at', n.created_at)
+      from (select m.*, nextval('nightowls.queue_line_no') as line_no
+              from (select q.queue_id, q.name, q.notify, b.grouped, e.*, nightowls._last_line() as last
+                      from nightowls.events e
+                     cross join lateral (
+                             select distinct r.name
+                               from nightowls.routes r
+                              where r.org_id = e.org_id and r.aggregate_type in ('', e.aggregate_type) and r.kind = 'queue'
+                             offset 0) r
+                     cross join lateral (
+                             select x.queue_id, x.name, x.notify
+                               from nightowls.queues x
+                              where x.org_id = e.org_id and x.name = r.name
+                             offset 0) q
+                     cross join lateral (
+                             select bool_or(x.group_by = 'aggregate') as grouped
+                               from nightowls.queue_bindings x
+                              where x.org_id = e.org_id and x.queue_id = q.queue_id
+                                and (x.aggregate_types is null or e.aggregate_type = any (x.aggregate_types))
+                                and (x.event_types is null or e.event_type = any (x.event_types))) b
+                     where e.org_id = _route_event.org and e."position" = _route_event."position" and b.grouped is not null
+                     order by q.queue_id
+                    offset 0) m
+             where nightowls._hold_line(_route_event.org, m.last)
+               and (m.grouped or nightowls._wake('queue/' || m.queue_id, 1) and (not m.notify or nightowls._notify_queue(m.org_id, m.name)))
+            offset 0) n
+    returning queue_id, group_key
+  )
+  select array_agg(s.queue_id) as queues, array_agg(s.group_key) as groups into v_sent from sent s where s.group_key is not null;
+  if v_sent.queues is not null then
+    for v_queue, v_group in select u.queue_id, u.group_key from unnest(v_sent.queues, v_sent.groups) as u (queue_id, group_key) loop
+      perform nightowls._go_on(_route_event.org, v_queue, v_group);
+    end loop;
+  end if;
+end;
+$$;
+
+revoke all on function nightowls._route_event(uuid, bigint) from public;
+
 -- Makes the rows of routes those of a queue's bindings. The queue is locked.
 create function nightowls._reroute(queue nightowls.queues)
   returns void
