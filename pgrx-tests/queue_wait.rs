@@ -582,3 +582,35 @@ fn a_woken_reader_has_its_message_within_milliseconds() {
         assert!(times[20] < Duration::from_millis(50), "{times:?}");
     });
 }
+
+/// Two that sleep with what the other one needs would keep a group waiting.
+#[test]
+fn a_reader_that_sleeps_holds_no_group() {
+    on_each_server(|db| {
+        let mut service = jobs(db);
+        service.exec("select nightowls.send('jobs', '1', group_key => 'g')");
+        let head = read(&mut service, "jobs", 600, 1).remove(0);
+        // Word is left for the group, and nothing can be done about it.
+        service.exec(
+            "begin isolation level repeatable read; select nightowls.send('jobs', '2', group_key => 'g'); commit",
+        );
+        let mut reader = db.session(SERVICE);
+        let pid = reader.pid();
+        reader.exec("begin");
+        thread::scope(|scope| {
+            let got = scope.spawn(|| text(&mut reader, &poll("jobs")));
+            until_napping(db, 1);
+            let held = format!(
+                "select count(*) from pg_locks where pid = {pid} and locktype = 'advisory'
+                    and classid::bigint in (nightowls._lock_class(264), nightowls._lock_class(267))"
+            );
+            // But for the moment of a look.
+            wait_until("it holds nothing", Duration::from_secs(20), || {
+                text(&mut service, &held) == "0"
+            });
+            // Who acks it can have the group.
+            assert!(settle(&mut service, "ack", "jobs", &head, ""));
+            assert_eq!(got.join().expect("the reader ends"), "2");
+        });
+    });
+}

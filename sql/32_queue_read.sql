@@ -512,11 +512,34 @@ begin
       where l.lease_until > v_now),
     v_now + interval '1 second');
   -- What is due and yet was not found has been claimed by somebody who has not committed, or waits for a lock.
-  return greatest(ceil(extract(epoch from v_next - v_now) * 1000)::int, 20);
+  return case when v_next <= v_now then 100 else ceil(extract(epoch from v_next - v_now) * 1000)::int end;
 end;
 $$;
 
 revoke all on function nightowls._read_nap(uuid, int) from public;
+
+-- One look of a waiting reader: a read that is undone if it has found nothing and is not the last. It may have locked groups, words left for them, and
+-- dead letters, and its transaction is to sleep: two that sleep with what the other one needs would keep a group waiting.
+create function nightowls._look(queue text, vt int, qty int, org uuid, until timestamptz)
+  returns setof nightowls.queue_message
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return query
+    select r.* from nightowls.read(_look.queue, _look.vt, _look.qty, _look.org) r;
+  if not found and clock_timestamp() < _look.until then
+    raise no_data_found;
+  end if;
+exception when no_data_found then
+  return;
+end;
+$$;
+
+revoke all on function nightowls._look(text, int, int, uuid, timestamptz) from public;
 
 create function nightowls.read_with_poll(
   queue    text,
@@ -552,7 +575,7 @@ begin
   end if;
   loop
     return query
-      select r.* from nightowls.read(read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, v_org) r;
+      select r.* from nightowls._look(read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, v_org, v_until) r;
     get diagnostics v_found = row_count;
     if v_found > 0 then
       -- Rolled back, what it has taken is there for the next.
