@@ -2,6 +2,8 @@
 //! of how floors are made: it reads what the clients saw and what the log holds.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::io::{BufRead, BufReader, Write as _};
+use std::process::{Child, ChildStdin, ChildStdout, Stdio};
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
@@ -18,10 +20,18 @@ const MAX_HOLD_MS: u64 = 1000;
 /// A waiter may be silent for so long.
 const SILENCE: Duration = Duration::from_secs(5);
 
-/// How often each misfortune may strike in one container: each costs the others a wait.
-const HOLDERS_KILLED: usize = 2;
-const HOLDERS_PAUSED: usize = 2;
-const WAITERS_KILLED: usize = 1;
+/// So many of the clients are processes of their own, the others threads of this one.
+const PROCESSES: usize = 10;
+
+/// How often each misfortune may strike in one container, threads and processes: each costs the others a wait, a dead
+/// waiter the longest, so it is a process in some containers and a thread in the others.
+fn misfortunes(place: usize) -> [[usize; 3]; 2] {
+    if place < 3 {
+        [[1, 1, 0], [1, 1, 1]]
+    } else {
+        [[1, 1, 1], [1, 1, 0]]
+    }
+}
 
 /// A guarded write, as the client saw it.
 struct Write {
@@ -39,6 +49,9 @@ struct Seen {
     refused: Vec<String>,
     /// Tickets that a client waited with, and the longest it was silent; one that died is silent for ever.
     tickets: BTreeMap<i64, Duration>,
+    /// Tickets that a client gave up, and those of which it was told that it had.
+    leaving: BTreeSet<i64>,
+    left: BTreeSet<i64>,
     granted: BTreeMap<i64, i64>,
 }
 
@@ -47,9 +60,147 @@ struct Run<'a> {
     /// By container.
     acquired: Vec<AtomicUsize>,
     seen: Vec<Mutex<Seen>>,
-    /// Misfortunes left, by container: holders killed, holders paused, waiters killed.
-    left: Vec<[AtomicUsize; 3]>,
-    paused: AtomicUsize,
+    /// Misfortunes left, by container, of threads and of processes: holders killed, holders paused, waiters killed.
+    left: Vec<[[AtomicUsize; 3]; 2]>,
+    /// How many backends and processes were paused.
+    paused: [AtomicUsize; 2],
+    /// How many processes were killed.
+    killed: AtomicUsize,
+}
+
+/// A client's connection: this process's own, or that of a psql that can be killed and stopped.
+enum Client {
+    Own(Session),
+    Process(Process),
+}
+
+impl Client {
+    fn try_rows(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, Refusal> {
+        match self {
+            Client::Own(session) => session.try_rows(sql),
+            Client::Process(process) => {
+                process.send(sql)?;
+                process.receive()
+            }
+        }
+    }
+
+    fn try_exec(&mut self, sql: &str) -> Result<(), Refusal> {
+        self.try_rows(sql).map(drop)
+    }
+
+    fn try_value(&mut self, sql: &str) -> Result<Option<String>, Refusal> {
+        let rows = self.try_rows(sql)?;
+        Ok(rows
+            .into_iter()
+            .next()
+            .and_then(|row| row.into_iter().next().flatten()))
+    }
+}
+
+/// A psql that is told what to do.
+struct Process {
+    child: Child,
+    input: ChildStdin,
+    output: BufReader<ChildStdout>,
+}
+
+const END: &str = "--- that was all ---";
+const NULL: &str = "--- null ---";
+
+fn lost(why: &str) -> Refusal {
+    Refusal {
+        code: "08006".to_owned(),
+        message: why.to_owned(),
+        detail: String::new(),
+        hint: String::new(),
+        context: String::new(),
+    }
+}
+
+impl Process {
+    fn start(db: &Db) -> Result<Self, Refusal> {
+        let psql = db.command("psql", SERVICE);
+        // Its complaints come between its answers, where they belong.
+        let mut command = db.command("/bin/sh", SERVICE);
+        command
+            .args(["-c", "exec \"$0\" \"$@\" 2>&1"])
+            .arg(psql.get_program())
+            .args(["-XqAt", "-F", "\u{1f}", "-v", "VERBOSITY=sqlstate", "-P"])
+            .arg(format!("null={NULL}"))
+            .stdin(Stdio::piped())
+            .stdout(Stdio::piped());
+        let mut child = command.spawn().expect("psql starts");
+        let input = child.stdin.take().expect("it is piped");
+        let output = BufReader::new(child.stdout.take().expect("it is piped"));
+        let mut process = Process {
+            child,
+            input,
+            output,
+        };
+        process.send("select 1")?;
+        process.receive()?;
+        Ok(process)
+    }
+
+    fn send(&mut self, sql: &str) -> Result<(), Refusal> {
+        writeln!(self.input, "{sql};\n\\echo {END}")
+            .and_then(|()| self.input.flush())
+            .map_err(|error| lost(&error.to_string()))
+    }
+
+    fn receive(&mut self) -> Result<Vec<Vec<Option<String>>>, Refusal> {
+        let mut rows = Vec::new();
+        let mut refusal = None;
+        let mut line = String::new();
+        loop {
+            line.clear();
+            match self.output.read_line(&mut line) {
+                Ok(0) | Err(_) => return Err(lost("psql has ended")),
+                Ok(_) => {}
+            }
+            let text = line.trim_end_matches('\n');
+            if text == END {
+                return refusal.map_or(Ok(rows), Err);
+            }
+            let of_an_error = ["ERROR:  ", "FATAL:  ", "PANIC:  "]
+                .iter()
+                .find_map(|severity| text.split_once(severity));
+            if let Some((_, code)) = of_an_error {
+                refusal = Some(Refusal {
+                    code: code.to_owned(),
+                    ..lost(text)
+                });
+            } else if text.contains("server closed the connection")
+                || text.contains("connection to server")
+            {
+                return Err(lost(text));
+            } else if !text.is_empty() && refusal.is_none() {
+                rows.push(
+                    text.split('\u{1f}')
+                        .map(|value| (value != NULL).then(|| value.to_owned()))
+                        .collect(),
+                );
+            }
+        }
+    }
+
+    fn signal(&self, signal: &str) {
+        kill(signal, &self.child.id().to_string());
+    }
+
+    /// Killed, whatever it was doing.
+    fn kill(mut self) {
+        self.child.kill().expect("it is there to be killed");
+        self.child.wait().expect("it was killed");
+    }
+}
+
+impl Drop for Process {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
 }
 
 fn strikes(left: &AtomicUsize) -> bool {
@@ -64,11 +215,20 @@ fn is_lost(refusal: &Refusal) -> bool {
     refusal.code == "08006" || refusal.code.starts_with("57P")
 }
 
+fn is_process(number: usize) -> bool {
+    number >= CLIENTS - PROCESSES
+}
+
 impl Run<'_> {
-    fn connect(&self) -> Session {
+    fn connect(&self, number: usize) -> Client {
         loop {
-            match Session::connect(self.db.cluster().port(), self.db.name(), SERVICE) {
-                Ok(session) => return session,
+            let client = if is_process(number) {
+                Process::start(self.db).map(Client::Process)
+            } else {
+                Session::connect(self.db.cluster().port(), self.db.name(), SERVICE).map(Client::Own)
+            };
+            match client {
+                Ok(client) => return client,
                 // The server is starting again.
                 Err(_) => std::thread::sleep(Duration::from_millis(20)),
             }
@@ -83,34 +243,37 @@ impl Run<'_> {
         let mut random = Random::new(number as u64 + 1);
         let place = number % CONTAINERS;
         let container = format!("c{place}");
-        let mut session = self.connect();
+        let left = &self.left[place][usize::from(is_process(number))];
+        let mut session = self.connect(number);
         let mut turn = 0;
         while !self.over(place) {
             turn += 1;
             let holder = format!("h{number}-{turn}");
-            let Some(fence) = self.wait(&mut session, &mut random, place, &holder, number % 2 == 1)
-            else {
-                // Its process was killed: what comes next is another.
-                session = self.connect();
+            let Some(fence) = self.wait(&mut session, &mut random, number, &holder) else {
                 continue;
             };
             self.acquired[place].fetch_add(1, Ordering::SeqCst);
             let mut ids = (0..).map(|write| format!("{holder}/{write}"));
-            let mut write = |session: &mut Session| {
+            let mut write = |session: &mut Client| {
                 let id = ids.next().expect("no end");
-                self.write(session, place, fence, &id)
+                self.write(session, number, fence, &id)
             };
             write(&mut session);
             let fate = random.below(100);
-            if fate < 6 && strikes(&self.left[place][0]) {
-                // Killed while holding: no release, no more beats.
-                session = self.connect();
+            let often = if is_process(number) { 25 } else { 6 };
+            if fate < often && strikes(&left[0]) {
+                // Killed while holding, a process in the middle of a write: no release, no more beats.
+                self.replace(
+                    &mut session,
+                    number,
+                    &guarded_write(place, fence, &format!("{holder}/last")),
+                );
                 continue;
             }
-            if fate < 12 && strikes(&self.left[place][1]) {
+            if fate < 2 * often && strikes(&left[1]) {
                 self.pause(
                     &mut session,
-                    place,
+                    number,
                     fence,
                     fate.is_multiple_of(2),
                     &mut write,
@@ -128,20 +291,32 @@ impl Run<'_> {
             let _ = session.try_exec(&release);
             if random.chance(10) {
                 // The reply was lost, so once more.
-                let _ = self.connect().try_exec(&release);
+                let _ = self.connect(number).try_exec(&release);
             }
         }
     }
 
-    /// Waits for a turn; `None`: killed while waiting.
+    /// The client is gone, a process in the middle of a statement; what comes next is another.
+    fn replace(&self, session: &mut Client, number: usize, sql: &str) {
+        let next = self.connect(number);
+        if let Client::Process(mut process) = std::mem::replace(session, next) {
+            let _ = process.send(sql);
+            process.kill();
+            self.killed.fetch_add(1, Ordering::SeqCst);
+        }
+    }
+
+    /// Waits for a turn; `None`: killed while waiting, or it has left.
     fn wait(
         &self,
-        session: &mut Session,
+        session: &mut Client,
         random: &mut Random,
-        place: usize,
+        number: usize,
         holder: &str,
-        by_await: bool,
     ) -> Option<i64> {
+        let place = number % CONTAINERS;
+        let by_await = number % 2 == 1 || is_process(number);
+        let deadly = &self.left[place][usize::from(is_process(number))][2];
         let request = format!(
             "select * from nightowls.request_floor('c{place}', '{holder}', max_hold_ms => {MAX_HOLD_MS}, \
                                                    poll_ms => 50, request_id => '{holder}')"
@@ -153,7 +328,7 @@ impl Run<'_> {
             let rows = match session.try_rows(&sql) {
                 Ok(rows) => rows,
                 Err(refusal) if is_lost(&refusal) => {
-                    *session = self.connect();
+                    *session = self.connect(number);
                     sql.clone_from(&request);
                     continue;
                 }
@@ -163,25 +338,57 @@ impl Run<'_> {
             };
             if random.chance(2) {
                 // The answer is lost.
-                *session = self.connect();
+                *session = self.connect(number);
                 sql.clone_from(&request);
                 continue;
             }
-            let number = |column: usize| -> Option<i64> {
+            let figure = |column: usize| -> Option<i64> {
                 rows[0][column]
                     .as_ref()
                     .map(|text| text.parse().expect("a number"))
             };
-            let ticket = number(1).expect("a ticket");
+            let ticket = figure(1).expect("a ticket");
             let mut seen = self.seen[place].lock().expect("no client panics");
-            if let Some(fence) = number(3) {
+            if let Some(fence) = figure(3) {
                 seen.granted.insert(ticket, fence);
                 return Some(fence);
             }
             let silent = seen.tickets.entry(ticket).or_default();
             *silent = (*silent).max(last.elapsed());
-            if random.below(300) == 0 && strikes(&self.left[place][2]) {
+            let chances = if is_process(number) { 20 } else { 300 };
+            if random.below(chances) == 0 && strikes(deadly) {
                 *silent = Duration::MAX;
+                drop(seen);
+                // Its backend may be granted the floor before it hears of that.
+                self.replace(
+                    session,
+                    number,
+                    &format!(
+                        "select * from nightowls.await_floor('c{place}', '{holder}', {ticket}, 500)"
+                    ),
+                );
+                return None;
+            }
+            if random.below(100) == 0 {
+                seen.leaving.insert(ticket);
+                drop(seen);
+                let leave =
+                    format!("select nightowls.leave_floor('c{place}', '{holder}', {ticket})");
+                let left = session.try_value(&leave);
+                let mut seen = self.seen[place].lock().expect("no client panics");
+                match left {
+                    Ok(left) if left.as_deref() == Some("t") => {
+                        seen.left.insert(ticket);
+                    }
+                    // It was skipped.
+                    Ok(_) => {}
+                    // Whether it left it will not ask.
+                    Err(_) => {
+                        seen.tickets.insert(ticket, Duration::MAX);
+                        drop(seen);
+                        *session = self.connect(number);
+                    }
+                }
                 return None;
             }
             drop(seen);
@@ -196,7 +403,7 @@ impl Run<'_> {
                     );
                     continue;
                 }
-                let pause = number(4).expect("when to ask again");
+                let pause = figure(4).expect("when to ask again");
                 std::thread::sleep(Duration::from_millis(
                     u64::try_from(pause).expect("not negative"),
                 ));
@@ -207,12 +414,9 @@ impl Run<'_> {
     }
 
     /// A guarded write, repeated until its fate is known. Whether it stands.
-    fn write(&self, session: &mut Session, place: usize, fence: i64, id: &str) -> bool {
-        let event_id = format!("nightowls.event_id_for('history', '{id}')");
-        let sql = format!(
-            "select nightowls.append_event('work', 'c{place}', 'written', '{{\"fence\": {fence}, \"id\": \"{id}\"}}', \
-                                           event_id => {event_id}, container => 'c{place}', fence => {fence})"
-        );
+    fn write(&self, session: &mut Client, number: usize, fence: i64, id: &str) -> bool {
+        let place = number % CONTAINERS;
+        let sql = guarded_write(place, fence, id);
         let mut in_doubt = false;
         loop {
             let sent = Instant::now();
@@ -230,7 +434,7 @@ impl Run<'_> {
                 }
                 Err(refusal) if is_lost(&refusal) => {
                     in_doubt = true;
-                    *session = self.connect();
+                    *session = self.connect(number);
                 }
                 Err(refusal) => {
                     assert_eq!(refusal.code, "NW003", "{refusal}");
@@ -244,15 +448,16 @@ impl Run<'_> {
         }
     }
 
-    /// The holder's backend is stopped until its time is over, in a transaction or between two.
+    /// The holder's backend is stopped until its time is over, or the process that is its client, in a transaction or between two.
     fn pause(
         &self,
-        session: &mut Session,
-        place: usize,
+        session: &mut Client,
+        number: usize,
         fence: i64,
         in_transaction: bool,
-        write: &mut impl FnMut(&mut Session) -> bool,
+        write: &mut impl FnMut(&mut Client) -> bool,
     ) {
+        let place = number % CONTAINERS;
         let begin = if in_transaction {
             format!("begin; select nightowls.assert_floor('c{place}', {fence})")
         } else {
@@ -260,20 +465,42 @@ impl Run<'_> {
         };
         // The server may have crashed, and the time may be over.
         if session.try_exec(&begin).is_err() {
+            let _ = session.try_exec("rollback");
             return;
         }
-        let Ok(Some(pid)) = session.try_value("select pg_backend_pid()") else {
-            return;
-        };
-        kill("-STOP", &pid);
-        std::thread::sleep(Duration::from_millis(MAX_HOLD_MS + 100));
-        kill("-CONT", &pid);
-        if write(session) {
-            panic!("fence {fence} of c{place} wrote after its time was over");
+        let beyond = Duration::from_millis(MAX_HOLD_MS + 100);
+        if let Client::Process(process) = session {
+            process.signal("-STOP");
+            let _ = process.send(&guarded_write(place, fence, &format!("{fence}/late")));
+            std::thread::sleep(beyond);
+            process.signal("-CONT");
+            match process.receive() {
+                Ok(_) => panic!("fence {fence} of c{place} wrote after its time was over"),
+                Err(refusal) => assert!(is_lost(&refusal) || refusal.code == "NW003", "{refusal}"),
+            }
+            let _ = session.try_exec("rollback");
+            self.paused[1].fetch_add(1, Ordering::SeqCst);
+        } else {
+            let Ok(Some(pid)) = session.try_value("select pg_backend_pid()") else {
+                return;
+            };
+            kill("-STOP", &pid);
+            std::thread::sleep(beyond);
+            kill("-CONT", &pid);
+            if write(session) {
+                panic!("fence {fence} of c{place} wrote after its time was over");
+            }
+            let _ = session.try_exec("rollback");
+            self.paused[0].fetch_add(1, Ordering::SeqCst);
         }
-        let _ = session.try_exec("rollback");
-        self.paused.fetch_add(1, Ordering::SeqCst);
     }
+}
+
+fn guarded_write(place: usize, fence: i64, id: &str) -> String {
+    format!(
+        "select nightowls.append_event('work', 'c{place}', 'written', '{{\"fence\": {fence}, \"id\": \"{id}\"}}', \
+                                       event_id => nightowls.event_id_for('history', '{id}'), container => 'c{place}', fence => {fence})"
+    )
 }
 
 /// What the log says of one container, in its order.
@@ -281,6 +508,7 @@ enum Logged {
     Granted { ticket: i64, fence: i64 },
     Reclaimed { fence: i64, silent_ms: i64 },
     Skipped { ticket: i64 },
+    Left { ticket: i64 },
     Written { fence: i64, id: String },
 }
 
@@ -308,6 +536,7 @@ fn log_of(db: &Db, place: usize) -> Vec<Logged> {
                     silent_ms: number(3),
                 },
                 Some("floor_skipped") => Logged::Skipped { ticket: number(1) },
+                Some("floor_left") => Logged::Left { ticket: number(1) },
                 Some("written") => Logged::Written {
                     fence: number(2),
                     id: row[4].clone().expect("an id"),
@@ -322,6 +551,7 @@ fn log_of(db: &Db, place: usize) -> Vec<Logged> {
 fn check(seen: &Seen, log: &[Logged]) -> Result<(), String> {
     let (mut holder, mut last_ticket) = (0, 0);
     let mut skipped = BTreeSet::new();
+    let mut left = BTreeSet::new();
     let mut granted = BTreeMap::new();
     let mut written = BTreeSet::new();
     for event in log {
@@ -346,6 +576,11 @@ fn check(seen: &Seen, log: &[Logged]) -> Result<(), String> {
             Logged::Skipped { ticket } => {
                 skipped.insert(*ticket);
             }
+            Logged::Left { ticket } => {
+                if !seen.leaving.contains(ticket) || !left.insert(*ticket) {
+                    return Err(format!("ticket {ticket} left and did not mean to"));
+                }
+            }
             Logged::Written { fence, id } => {
                 if *fence != holder {
                     return Err(format!("fence {fence} wrote while {holder} held the floor"));
@@ -365,9 +600,20 @@ fn check(seen: &Seen, log: &[Logged]) -> Result<(), String> {
         let was_skipped = skipped.contains(ticket);
         if was_skipped && granted.contains_key(ticket) {
             return Err(format!("ticket {ticket} was skipped and granted"));
+        } else if left.contains(ticket) && (was_skipped || granted.contains_key(ticket)) {
+            return Err(format!("ticket {ticket} left and was skipped or granted"));
+        } else if seen.left.contains(ticket)
+            && !left.contains(ticket)
+            && !granted.contains_key(ticket)
+        {
+            return Err(format!("ticket {ticket} was told that it left"));
         } else if was_skipped && *silent < SILENCE {
             return Err(format!("ticket {ticket} was skipped after {silent:?}"));
-        } else if !was_skipped && !granted.contains_key(ticket) && *ticket < last_ticket {
+        } else if !was_skipped
+            && !left.contains(ticket)
+            && !granted.contains_key(ticket)
+            && *ticket < last_ticket
+        {
             return Err(format!("ticket {ticket} was passed over without a word"));
         }
     }
@@ -414,9 +660,10 @@ fn fifty_clients_of_five_floors_under_every_misfortune_leave_a_good_history() {
                 acquired: (0..CONTAINERS).map(|_| AtomicUsize::new(0)).collect(),
                 seen: (0..CONTAINERS).map(|_| Mutex::default()).collect(),
                 left: (0..CONTAINERS)
-                    .map(|_| [HOLDERS_KILLED, HOLDERS_PAUSED, WAITERS_KILLED].map(AtomicUsize::new))
+                    .map(|place| misfortunes(place).map(|left| left.map(AtomicUsize::new)))
                     .collect(),
-                paused: AtomicUsize::new(0),
+                paused: Default::default(),
+                killed: AtomicUsize::new(0),
             };
             std::thread::scope(|scope| {
                 let clients: Vec<_> = (0..CLIENTS)
@@ -437,8 +684,15 @@ fn fifty_clients_of_five_floors_under_every_misfortune_leave_a_good_history() {
                 });
                 cluster.kill9_postmaster_and_restart();
             });
-            let paused = run.paused.load(Ordering::SeqCst);
-            assert!(paused > 0, "nobody was paused");
+            let paused = run
+                .paused
+                .each_ref()
+                .map(|count| count.load(Ordering::SeqCst));
+            let killed = run.killed.load(Ordering::SeqCst);
+            assert!(
+                paused.iter().all(|count| *count > 0) && killed > 3,
+                "{paused:?} backends and processes were paused, {killed} processes killed"
+            );
             for (place, seen) in run.seen.iter().enumerate() {
                 let seen = seen.lock().expect("no client panics");
                 let log = log_of(&db, place);
@@ -459,10 +713,12 @@ fn fifty_clients_of_five_floors_under_every_misfortune_leave_a_good_history() {
                     .expect("a count is never null")
             };
             eprintln!(
-                "{install}: {} grants, {} reclaims, {} skips, {} writes, {paused} paused, in {:?}",
+                "{install}: {} grants, {} reclaims, {} skips, {} leaves, {} writes, {paused:?} backends and processes paused, \
+                 {killed} processes killed, in {:?}",
                 count("floor_granted"),
                 count("floor_reclaimed"),
                 count("floor_skipped"),
+                count("floor_left"),
                 count("written"),
                 start.elapsed()
             );
@@ -489,6 +745,8 @@ fn the_checker_finds_what_is_wrong() {
                 silent_ms: 1000,
             },
             granted(4, 30),
+            Logged::Left { ticket: 5 },
+            granted(6, 40),
         ]
     };
     let start = Instant::now();
@@ -502,7 +760,9 @@ fn the_checker_finds_what_is_wrong() {
     let seen = || Seen {
         acknowledged: vec![write(10, "a", 0, 5), write(20, "b", 3, 9)],
         refused: vec!["c".to_owned()],
-        tickets: [(2, SILENCE), (3, Duration::ZERO)].into(),
+        tickets: [(2, SILENCE), (3, Duration::ZERO), (5, Duration::ZERO)].into(),
+        leaving: [5].into(),
+        left: [5].into(),
         granted: [(1, 10), (3, 20)].into(),
     };
     assert_eq!(check(&seen(), &good()), Ok(()));
@@ -515,18 +775,18 @@ fn the_checker_finds_what_is_wrong() {
         }),
         ("fence again", seen(), {
             let mut log = good();
-            log.push(granted(5, 30));
+            log.push(granted(7, 40));
             log
         }),
         ("earlier ticket", seen(), {
             let mut log = good();
-            log.push(granted(2, 40));
+            log.push(granted(2, 50));
             log
         }),
         ("reclaimed too early", seen(), {
             let mut log = good();
             log.push(Logged::Reclaimed {
-                fence: 30,
+                fence: 40,
                 silent_ms: 999,
             });
             log
@@ -575,6 +835,28 @@ fn the_checker_finds_what_is_wrong() {
                 ..seen()
             },
             good(),
+        ),
+        ("left and granted", seen(), {
+            let mut log = good();
+            log.insert(7, granted(5, 35));
+            log
+        }),
+        (
+            "left against its will",
+            Seen {
+                leaving: BTreeSet::new(),
+                left: BTreeSet::new(),
+                ..seen()
+            },
+            good(),
+        ),
+        (
+            "told that it left",
+            seen(),
+            good()
+                .into_iter()
+                .filter(|event| !matches!(event, Logged::Left { .. }))
+                .collect(),
         ),
         (
             "a grant that never was",

@@ -286,8 +286,8 @@ fn a_sleeper_moves_up_when_the_first_in_line_leaves() {
             assert!(leave(&mut db.service(), "c", "first", ticket));
             let (answer, took) = thread.join().expect("the thread ends");
             assert!(answer.granted, "{answer:?}");
-            // A nap that nobody ends lasts ten seconds.
-            assert!(took < Duration::from_secs(9), "{took:?}");
+            // A nap that nobody ends lasts twenty seconds.
+            assert!(took < Duration::from_secs(15), "{took:?}");
         });
     });
 }

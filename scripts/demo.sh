@@ -8,6 +8,7 @@
 # A second run takes in what is new only. scripts/demo-clean.sh removes all of it.
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/demo-server.sh"
+source "$(dirname "$0")/demo-floors.sh"
 
 started=$SECONDS
 proofs=${PROOFS:-3}
@@ -255,6 +256,7 @@ prove
 tour guarantees.sql
 tour long.sql
 tour queue.sql
+floors
 
 title 'Go on'
 line "$("$command" --print "$database")"

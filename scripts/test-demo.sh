@@ -49,6 +49,8 @@ trap clean EXIT
 check 'the history is taken in and proven against git' says '^  = the states, and HEAD '
 check 'a long history is loaded, taken in by a consumer and compacted' grep -qE '^ +10 .* +50000 .*"visits": 50010' "$log"
 check 'each letter of the queue is worked on' grep -q 'Each letter was worked on once more' "$log"
+check 'a killed and a stopped holder of a floor are replaced, and the late word of one is refused' \
+  eval 'grep -q "bob speaks with its old fence: refused, NW003" "$log" && grep -q "back in line, and with a new fence" "$log"'
 check 'a second run has nothing to do' says 'nothing new: the whole main line is in the log'
 check 'a state that is not what git says fails it' finds_a_wrong_state
 check 'nothing is left of it' eval 'clean && [ ! -e "$NIGHTOWLS_DEMO_HOME" ]'

@@ -801,7 +801,7 @@ begin
                  where s.lease_until > clock_timestamp() or s.paused_until > clock_timestamp()) then
     return 250;
   end if;
-  return 10000;
+  return 20000;
 end;
 $$;
 

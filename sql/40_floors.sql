@@ -753,6 +753,10 @@ begin
     insert into nightowls.floor_tickets (org_id, container, ticket, holder, request_id, max_hold_ms, max_total_ms, poll_ms)
     values (_request_floor.org, _request_floor.container, v_ticket, _request_floor.holder, _request_floor.request_id,
             _request_floor.max_hold_ms, _request_floor.max_total_ms, _request_floor.poll_ms);
+    -- Who is first in line may have found the floor free and its row locked by this drawing: it looks again after the commit.
+    if v_waiters > 0 and not v_seen.held then
+      perform nightowls._wake_next(_request_floor.org, _request_floor.container, v_seen.mark);
+    end if;
   end if;
 
   if not v_seen.held and v_waiters = 0 then
@@ -847,6 +851,7 @@ create function nightowls._await_step(
   holder     text,
   ticket     bigint,
   until      timestamptz,
+  first      boolean,
   out answer nightowls.floor_answer,
   out events jsonb,
   out nap_ms int
@@ -865,8 +870,9 @@ declare
 begin
   v_seen := nightowls._see_floor(_await_step.org, _await_step.container, null, null, _await_step.ticket, false);
   if v_seen.mine is null or v_seen.my_holder <> _await_step.holder
-     -- Visible and yet in progress: written by this very transaction.
-     or pg_xact_status((v_base + nightowls._lock_key(v_seen.written_by::bigint - v_base))::text::xid8) = 'in progress' then
+     -- Visible and yet in progress: written by this very transaction, which does not change while it waits.
+     or _await_step.first
+        and pg_xact_status((v_base + nightowls._lock_key(v_seen.written_by::bigint - v_base))::text::xid8) = 'in progress' then
     raise exception 'ticket % of floor "%" is not a committed one of holder "%"', _await_step.ticket,
         left(_await_step.container, 64), left(_await_step.holder, 64)
       using errcode = 'object_not_in_prerequisite_state',
@@ -906,7 +912,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._await_step(uuid, text, text, bigint, timestamptz) from public;
+revoke all on function nightowls._await_step(uuid, text, text, bigint, timestamptz, boolean) from public;
 
 -- A look, and the events that follow from it.
 create function nightowls._await_turn(
@@ -915,6 +921,7 @@ create function nightowls._await_turn(
   holder     text,
   ticket     bigint,
   until      timestamptz,
+  first      boolean,
   out answer nightowls.floor_answer,
   out nap_ms int
 )
@@ -927,7 +934,8 @@ as $$
 declare
   v_step record;
 begin
-  v_step := nightowls._await_step(_await_turn.org, _await_turn.container, _await_turn.holder, _await_turn.ticket, _await_turn.until);
+  v_step := nightowls._await_step(_await_turn.org, _await_turn.container, _await_turn.holder, _await_turn.ticket, _await_turn.until,
+                                   _await_turn.first);
   if v_step.events is not null then
     perform nightowls._append_floor_events(_await_turn.org, _await_turn.container, v_step.events);
   end if;
@@ -936,7 +944,7 @@ begin
 end;
 $$;
 
-revoke all on function nightowls._await_turn(uuid, text, text, bigint, timestamptz) from public;
+revoke all on function nightowls._await_turn(uuid, text, text, bigint, timestamptz, boolean) from public;
 
 create function nightowls.await_floor(
   container   text,
@@ -968,7 +976,7 @@ begin
 
   v_seen := nightowls._wake_count(v_key);
   loop
-    v_turn := nightowls._await_turn(v_org, await_floor.container, await_floor.holder, await_floor.ticket, v_until);
+    v_turn := nightowls._await_turn(v_org, await_floor.container, await_floor.holder, await_floor.ticket, v_until, v_nth = 0);
     exit when v_turn.nap_ms is null;
     v_seen := nightowls._nap(v_key, v_seen, v_nth, v_turn.nap_ms);
     v_nth := v_nth + 1;
@@ -1054,7 +1062,7 @@ begin
     v_key := nightowls._floor_key(v_org, acquire_floor.container, v_answer.ticket);
     loop
       v_seen := nightowls._wake_count(v_key);
-      v_turn := nightowls._await_turn(v_org, acquire_floor.container, acquire_floor.holder, v_answer.ticket, v_until);
+      v_turn := nightowls._await_turn(v_org, acquire_floor.container, acquire_floor.holder, v_answer.ticket, v_until, false);
       v_answer := v_turn.answer;
       commit;
       exit asking when v_answer.granted or v_turn.nap_ms is null and nightowls._is_over(v_until);

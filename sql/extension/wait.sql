@@ -31,7 +31,7 @@ as 'MODULE_PATHNAME', 'wake_count_wrapper';
 
 revoke all on function nightowls._wake_count(text) from public;
 
--- Sleeps until the key's count is no longer seen, at most max_ms and at most 10 s, as a commit prepared wakes nobody.
+-- Sleeps until the key's count is no longer seen, at most max_ms and at most 20 s, as a commit prepared wakes nobody.
 -- nth: how many naps this wait has had. Returns the count. May also return early.
 create function nightowls._nap(key text, seen bigint, nth int, max_ms int)
   returns bigint

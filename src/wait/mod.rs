@@ -22,7 +22,7 @@ pub use shared::init;
 use std::time::Duration;
 
 /// The longest nap: a `commit prepared` wakes nobody.
-pub const LONGEST_NAP: Duration = Duration::from_secs(10);
+pub const LONGEST_NAP: Duration = Duration::from_secs(20);
 
 /// What a key is known by; never 0.
 fn hash(database: u32, key: &[u8]) -> u64 {
