@@ -465,9 +465,9 @@ comment on function nightowls.read(text, int, int, uuid) is
 revoke all on function nightowls.read(text, int, int, uuid) from public;
 
 -- How many milliseconds a reader that has found nothing may sleep: until the first message that is put off or leased is there again, as far
--- as a short look tells, and not more than a second, as nobody says when a lease ends that was taken meanwhile.
+-- as a short look tells, and not longer than most, as nobody says when a lease ends that was taken meanwhile.
 -- Definer: the tables are closed.
-create function nightowls._read_nap(org uuid, queue_id int)
+create function nightowls._read_nap(org uuid, queue_id int, most interval)
   returns int
   language plpgsql
   volatile
@@ -510,13 +510,13 @@ begin
               order by m.line_no
               limit 20) l
       where l.lease_until > v_now),
-    v_now + interval '1 second');
+    v_now + _read_nap.most);
   -- What is due and yet was not found has been claimed by somebody who has not committed, or waits for a lock.
   return case when v_next <= v_now then 100 else ceil(extract(epoch from v_next - v_now) * 1000)::int end;
 end;
 $$;
 
-revoke all on function nightowls._read_nap(uuid, int) from public;
+revoke all on function nightowls._read_nap(uuid, int, interval) from public;
 
 -- One look of a waiting reader: a read that is undone if it has found nothing and is not the last. It may have locked groups, words left for them, and
 -- dead letters, and its transaction is to sleep: two that sleep with what the other one needs would keep a group waiting.
@@ -563,6 +563,7 @@ declare
   v_seen  bigint := nightowls._wake_count(v_key);
   v_nth   int := 0;
   v_found bigint;
+  v_watch boolean := false;
 begin
   if read_with_poll.max_wait is null then
     raise exception 'max_wait must not be null' using errcode = 'null_value_not_allowed';
@@ -577,15 +578,22 @@ begin
     return query
       select r.* from nightowls._look(read_with_poll.queue, read_with_poll.vt, read_with_poll.qty, v_org, v_until) r;
     get diagnostics v_found = row_count;
+    if v_watch and (v_found > 0 or clock_timestamp() >= v_until) then
+      -- Another watches from now on.
+      perform nightowls._wake(v_key, 1);
+    end if;
     if v_found > 0 then
       -- Rolled back, what it has taken is there for the next.
       perform nightowls._wake_undone(v_key, v_found::int);
       return;
     end if;
     exit when clock_timestamp() >= v_until or read_with_poll.qty = 0;
+    -- One of those who wait looks once a second, and takes what is there again; the others sleep. It blocks nobody.
+    v_watch := v_watch or pg_try_advisory_xact_lock(nightowls._lock_class(271), v_queue);
     v_seen := nightowls._nap(
       v_key, v_seen, v_nth,
-      least(nightowls._read_nap(v_org, v_queue), least(extract(epoch from v_until - clock_timestamp()), 1) * 1000 + 1)::int);
+      least(nightowls._read_nap(v_org, v_queue, case when v_watch then interval '1 second' else interval '20 seconds' end),
+            extract(epoch from least(v_until - clock_timestamp(), interval '1 minute')) * 1000 + 1)::int);
     v_nth := v_nth + 1;
   end loop;
 end;
@@ -594,7 +602,7 @@ $$;
 comment on function nightowls.read_with_poll(text, int, int, interval, uuid) is
   'As read, but waits up to max_wait for a message if there is none. With the library it sleeps until a message is sent, comes back or is '
   'due: a send wakes as many waiters as it sends messages, when it has committed; the end of a lease that was taken meanwhile is seen within a '
-  'second. Without the library, or where it cannot wake (docs/queue.md), it looks again after pauses of 5 to 50, later up to 250 milliseconds. '
+  'second by one of those who wait, and within 20 where that one was the first and its transaction goes on. Without the library, or where it cannot wake (docs/queue.md), it looks again after pauses of 5 to 50, later up to 250 milliseconds. '
   'It needs a connection and keeps its snapshot while it waits: for long waits call it again rather than wait longer. It can be '
   'cancelled. queue, vt, qty and org as in read. Raises NW007 if the queue does not exist, 25001 above read committed, NW010 if there is no org, '
   '22004 or 22023 for an argument that is null or negative.';
