@@ -83,14 +83,14 @@ bench_floors() {
   done
   if floors_make_pgmq; then
     floors_measure pgmq postgres receive pgmq "$((rounds / 2))" "$pause"
-    out "| pgmq 1.x's SQL (its long poll looks every 100 ms) | ${floors_figure[p50]} | ${floors_figure[p99]} |"
+    out "| pgmq (the SQL of its crate 0.34.0-alpha.7; its long poll looks every 100 ms) | ${floors_figure[p50]} | ${floors_figure[p99]} |"
   fi
 
-  out '' "| 50 pollers, each every 250 ms, for $minute s; one holder that beats | statements | WAL, kB | rows written, HOT | dead rows at the end | growth, kB | backends' CPU, % of a core |" \
-    '| --- | ---: | ---: | ---: | ---: | ---: | ---: |'
+  out '' "| 50 pollers, each every 250 ms, for $minute s; one holder that beats | statements | WAL, kB | rows written, HOT | dead rows at the end | growth, kB |" \
+    '| --- | ---: | ---: | ---: | ---: | ---: |'
   for install in extension plain; do
     floors_measure "$install" bench_service pollers 50 250 "$minute"
-    out "| $install | $(thousands "${floors_figure[statements]}") | $((floors_figure[wal] / 1024)) | $(thousands "${floors_figure[updates]}"), $(thousands "${floors_figure[hot]}") | ${floors_figure[dead]} | $((floors_figure[growth] / 1024)) | ${floors_figure[cpu]} |"
+    out "| $install | $(thousands "${floors_figure[statements]}") | $((floors_figure[wal] / 1024)) | $(thousands "${floors_figure[updates]}"), $(thousands "${floors_figure[hot]}") | ${floors_figure[dead]} | $((floors_figure[growth] / 1024)) |"
   done
 
   out '' '| 500 who wait in `acquire_floor` for one floor, native | CPU of their backends, % of a core |' '| --- | ---: |'

@@ -281,7 +281,6 @@ fn pollers(place: &Place, clients: usize, pause: u64, seconds: u64) -> Fallible<
     let (asked_of, ready_of) = (&asked, &ready);
     let mut start_lsn = String::new();
     let mut before = None;
-    let mut cpu = 0;
     thread::scope(|scope| -> Fallible<()> {
         let threads: Vec<_> = (0..clients)
             .map(|number| {
@@ -332,14 +331,11 @@ fn pollers(place: &Place, clients: usize, pause: u64, seconds: u64) -> Fallible<
         start_lsn = watcher
             .query_one("select pg_current_wal_lsn()::text", &[])?
             .get(0);
-        let pids = backends(&mut watcher)?;
-        let ticks_before = ticks(&pids);
         ready.wait();
         for thread in threads {
             thread.join().map_err(|_| "a poller panicked")??;
         }
         beater.join().map_err(|_| "the holder panicked")??;
-        cpu = ticks(&pids).saturating_sub(ticks_before);
         Ok(())
     })?;
     let wal: i64 = watcher
@@ -358,7 +354,6 @@ fn pollers(place: &Place, clients: usize, pause: u64, seconds: u64) -> Fallible<
     println!("hot|{}", grown(1));
     println!("dead|{}", row.get::<_, i64>(2));
     println!("growth|{}", grown(3));
-    println!("cpu|{:.2}", cpu as f64 / seconds as f64);
     Ok(())
 }
 
@@ -383,13 +378,13 @@ fn waiters_cost(place: &Place, waiters: usize, poll_ms: i32, seconds: u64) -> Fa
         }
         let asleep = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type in ('Extension', 'Timeout')";
         let patience = Instant::now();
-        while watcher.query_one(asleep, &[])?.get::<_, i64>(0) < waiters as i64 * 9 / 10 {
+        while watcher.query_one(asleep, &[])?.get::<_, i64>(0) < waiters as i64 {
             if patience.elapsed() > Duration::from_secs(60) {
                 return Err("they do not lie down".into());
             }
             thread::sleep(Duration::from_millis(100));
         }
-        thread::sleep(Duration::from_secs(2));
+        thread::sleep(Duration::from_secs(6));
         let pids = backends(&mut watcher)?;
         let before = ticks(&pids);
         let start = Instant::now();
