@@ -137,7 +137,7 @@ fn handover(place: &Place, waiters: usize, rounds: usize, hold: u64) -> Fallible
                                 let mut taken = taken.lock().expect("nobody panics");
                                 // The first rounds are for the caches, and for the line to form.
                                 taken.push(now - sent);
-                                if taken.len() >= rounds + waiters + 1 {
+                                if taken.len() > rounds + waiters {
                                     done.store(true, Ordering::SeqCst);
                                 }
                             }

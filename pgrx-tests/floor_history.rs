@@ -70,7 +70,7 @@ struct Run<'a> {
 
 /// A client's connection: this process's own, or that of a psql that can be killed and stopped.
 enum Client {
-    Own(Session),
+    Own(Box<Session>),
     Process(Process),
 }
 
@@ -225,7 +225,8 @@ impl Run<'_> {
             let client = if is_process(number) {
                 Process::start(self.db).map(Client::Process)
             } else {
-                Session::connect(self.db.cluster().port(), self.db.name(), SERVICE).map(Client::Own)
+                Session::connect(self.db.cluster().port(), self.db.name(), SERVICE)
+                    .map(|session| Client::Own(Box::new(session)))
             };
             match client {
                 Ok(client) => return client,
