@@ -24,6 +24,7 @@ const WHO: [(&str, Option<&str>, &str); 8] = [
 /// home), `n` none, `*` what belongs to no org. For the others `y` is let through, `g` refused by a guard, whoever asks
 /// (NW008, NW004, 55000), `v` not possible with such a view. `-` is no right (42501).
 const RELATIONS: &[(&str, &str)] = &[
+    ("_append_targets", "byyy ---- ---- ---- ---- ---- ---- ----"),
     ("_config_secrets", "byyy ---- ---- ---- ---- ---- ---- ----"),
     (
         "_consumer_failures",
@@ -200,7 +201,7 @@ fn fill(db: &Db) -> (String, String) {
                         when t.typcategory = 'A' then '''{{}}'''
                         else 'null' end, ', ' order by a.attnum) as values
                  from pg_class c
-                 join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped
+                 join pg_attribute a on a.attrelid = c.oid and a.attnum > 0 and not a.attisdropped and a.attgenerated = ''
                  join pg_type t on t.oid = a.atttypid
                 where c.relnamespace = 'nightowls'::regnamespace and c.relkind = 'r' and c.relname <> 'orgs'
                   and exists (select from pg_attribute o where o.attrelid = c.oid and o.attname = 'org_id')
@@ -209,7 +210,7 @@ fn fill(db: &Db) -> (String, String) {
                execute (select coalesce(string_agg(format('alter table %s drop constraint %I', v_table.name, k.conname), ';'), 'select 1')
                           from pg_constraint k where k.conrelid = v_table.oid and k.contype = 'c');
                foreach v_org in array '{{{org},{other}}}'::uuid[] loop
-                 execute format('insert into %s (%s) overriding system value values (%s)', v_table.name, v_table.columns, v_table.values)
+                 execute format('insert into %s (%s) overriding system value values (%s) on conflict do nothing', v_table.name, v_table.columns, v_table.values)
                    using v_org;
                end loop;
              end loop;
