@@ -448,9 +448,14 @@ begin
     return;
   end if;
   perform nightowls._check_read(read.vt, read.qty);
+  read.org := coalesce(read.org, nightowls._resolve_org());
+  -- What is leased for no time could be claimed again at once: no message comes twice in one call.
   return query
     select r.*
-      from nightowls._read_more(coalesce(read.org, nightowls._resolve_org()), read.queue, read.vt, read.qty - v_count) r;
+      from nightowls._read_more(
+             read.org, read.queue, read.vt,
+             case when v_count > 0 and coalesce(read.vt, (nightowls._queue(read.org, read.queue)).vt) = 0 then 0
+                  else read.qty - v_count end) r;
 end;
 $$;
 
