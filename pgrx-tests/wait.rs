@@ -2,7 +2,7 @@
 
 use std::fs;
 use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
-use std::sync::{Arc, mpsc};
+use std::sync::{Arc, Mutex, PoisonError, mpsc};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -508,9 +508,13 @@ fn a_wake_up_for_one_that_is_cancelled_goes_to_the_next() {
     });
 }
 
+/// The server has room for five hundred sessions once.
+static CROWD: Mutex<()> = Mutex::new(());
+
 #[test]
 fn five_hundred_sleepers_cost_nothing_block_nobody_and_all_wake() {
     const SLEEPERS: usize = 500;
+    let _alone = CROWD.lock().unwrap_or_else(PoisonError::into_inner);
     let db = database(&preloaded_server(), Install::Extension);
     let mut sessions: Vec<_> = (0..SLEEPERS).map(|_| db.session(SERVICE)).collect();
     let pids: Vec<_> = sessions.iter_mut().map(Session::pid).collect();
@@ -552,6 +556,7 @@ fn five_hundred_waiting_clients_use_less_than_a_hundredth_of_a_core_and_block_no
     const EACH: usize = 170;
     // Long enough that each has looked again after the longest nap.
     const MEASURED: Duration = Duration::from_secs(21);
+    let _alone = CROWD.lock().unwrap_or_else(PoisonError::into_inner);
     let db = database(&preloaded_server(), Install::Extension);
     default_org(&db);
     let mut service = db.service();
