@@ -361,17 +361,20 @@ fn pollers(place: &Place, clients: usize, pause: u64, seconds: u64) -> Fallible<
 fn waiters_cost(place: &Place, waiters: usize, poll_ms: i32, seconds: u64) -> Fallible<()> {
     let mut watcher = place.superuser.connect(NoTls)?;
     let mut holder = place.connect()?;
+    // A ticket keeps the poll_ms that it was drawn with: each run has a line of its own.
+    let container = format!("crowded {poll_ms}");
     holder.query_one(
-        "select granted from nightowls.request_floor('crowded', 'holder', max_hold_ms => 3600000)",
-        &[],
+        "select granted from nightowls.request_floor($1, 'holder', max_hold_ms => 3600000)",
+        &[&container],
     )?;
     thread::scope(|scope| -> Fallible<()> {
         for number in 0..waiters {
+            let container = &container;
             thread::Builder::new().stack_size(256 * 1024).spawn_scoped(scope, move || {
                 // It ends with its backend.
                 if let Ok(mut client) = place.connect() {
                     let _ = client.batch_execute(&format!(
-                        "call nightowls.acquire_floor('crowded', 'w{number}', poll_ms => {poll_ms}, max_wait_ms => 3600000)"
+                        "call nightowls.acquire_floor('{container}', 'w{number}', poll_ms => {poll_ms}, max_wait_ms => 3600000)"
                     ));
                 }
             })?;
