@@ -569,6 +569,9 @@ declare
   v_nth   int := 0;
   v_found bigint;
   v_watch boolean := false;
+  v_again boolean := false;
+  v_before bigint;
+  v_nap   int;
 begin
   if read_with_poll.max_wait is null then
     raise exception 'max_wait must not be null' using errcode = 'null_value_not_allowed';
@@ -593,13 +596,21 @@ begin
       return;
     end if;
     exit when clock_timestamp() >= v_until or read_with_poll.qty = 0;
-    -- One of those who wait looks once a second, and takes what is there again; the others sleep. It blocks nobody.
-    v_watch := v_watch or pg_try_advisory_xact_lock(nightowls._lock_class(271), v_queue);
-    v_seen := nightowls._nap(
-      v_key, v_seen, v_nth,
-      least(nightowls._read_nap(v_org, v_queue, case when v_watch then interval '1 second' else interval '20 seconds' end),
-            extract(epoch from least(v_until - clock_timestamp(), interval '1 minute')) * 1000 + 1)::int);
-    v_nth := v_nth + 1;
+    -- One of those who wait looks once a second, and takes what is there again; the others sleep, and where nobody has woken them
+    -- they only look whether somebody still watches. It blocks nobody.
+    loop
+      v_watch := v_watch or pg_try_advisory_xact_lock(nightowls._lock_class(271), v_queue);
+      v_nap := case when v_again and not v_watch then 20000
+                    else nightowls._read_nap(v_org, v_queue, case when v_watch then interval '1 second' else interval '20 seconds' end) end;
+      v_again := not v_watch and v_nap >= 20000 and nightowls._can_wake();
+      v_before := v_seen;
+      v_seen := nightowls._nap(
+        v_key, v_seen, v_nth,
+        least(v_nap, extract(epoch from least(v_until - clock_timestamp(), interval '1 minute')) * 1000 + 1)::int);
+      v_nth := v_nth + 1;
+      exit when not v_again or v_seen <> v_before or clock_timestamp() >= v_until;
+    end loop;
+    v_again := false;
   end loop;
 end;
 $$;
