@@ -102,9 +102,10 @@ create function nightowls._pgmq_send(name text, messages jsonb[], headers jsonb[
 as $$
 #variable_conflict use_column
 declare
-  v_org  uuid := nightowls.current_org();
-  v_ids  bigint[];
-  v_name text := nightowls._queue_name(_pgmq_send.name);
+  v_org      uuid := nightowls.current_org();
+  v_ids      bigint[];
+  v_name     text := nightowls._queue_name(_pgmq_send.name);
+  v_notifies boolean;
 begin
   if coalesce(cardinality(_pgmq_send.messages), 0) = 0 then
     raise exception 'msgs cannot be NULL or empty' using errcode = 'invalid_parameter_value';
@@ -131,7 +132,9 @@ begin
     perform nightowls._set_due(v_org, v_name, v_ids, _pgmq_send.due);
   end if;
   -- One for each queue and transaction: the server drops what is said twice.
-  if exists (select from pgmq.notify_insert_throttle t where t.org_id = v_org and t.queue_name = v_name) then
+  execute format('select exists (select from %s t where t.org_id = $1 and t.queue_name = $2)', to_regclass('pgmq.notify_insert_throttle'))
+     into v_notifies using v_org, v_name;
+  if v_notifies then
     perform pg_notify('pgmq.q_' || v_name || '.INSERT', '');
   end if;
   return query select * from unnest(v_ids);
@@ -295,11 +298,13 @@ create function nightowls._pgmq_finish(name text, msg_ids bigint[], archived boo
   set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_org uuid := nightowls.current_org();
 begin
   return query
     select u.msg_id
       from unnest(nightowls._finish_many(
-             nightowls.current_org(), _pgmq_finish.name, array_remove(coalesce(_pgmq_finish.msg_ids, '{}'), null), null, false,
+             v_org, _pgmq_finish.name, array_remove(coalesce(_pgmq_finish.msg_ids, '{}'), null), null, false,
              _pgmq_finish.archived)) as u (msg_id)
      order by u.msg_id;
 end;
@@ -366,9 +371,9 @@ declare
 begin
   perform nightowls._pgmq_check_topic('pattern', _pgmq_bind.pattern, true);
   v_queue := nightowls._queue(nightowls.current_org(), _pgmq_bind.name);
-  insert into pgmq.topic_bindings (org_id, pattern, queue_name)
-  values (v_queue.org_id, _pgmq_bind.pattern, v_queue.name)
-  on conflict do nothing;
+  execute format('insert into %s (org_id, pattern, queue_name) values ($1, $2, $3) on conflict do nothing',
+                 to_regclass('pgmq.topic_bindings'))
+    using v_queue.org_id, _pgmq_bind.pattern, v_queue.name;
 end;
 $$;
 
@@ -383,14 +388,17 @@ create function nightowls._pgmq_routes(routing_key text)
   set search_path to pg_catalog, pg_temp
 as $$
 #variable_conflict use_column
+declare
+  v_org uuid := nightowls.current_org();
 begin
   perform nightowls._pgmq_check_topic('routing_key', _pgmq_routes.routing_key, false);
-  return query
-    select b.pattern, b.queue_name, b.compiled_regex
-      from pgmq.topic_bindings b
-      join nightowls.queues q on q.org_id = b.org_id and q.name = b.queue_name
-     where b.org_id = nightowls.current_org() and _pgmq_routes.routing_key ~ b.compiled_regex
-     order by b.pattern, b.queue_name;
+  return query execute format(
+    'select b.pattern, b.queue_name, b.compiled_regex
+       from %s b
+       join nightowls.queues q on q.org_id = b.org_id and q.name = b.queue_name
+      where b.org_id = $1 and $2 ~ b.compiled_regex
+      order by b.pattern, b.queue_name', to_regclass('pgmq.topic_bindings'))
+    using v_org, _pgmq_routes.routing_key;
 end;
 $$;
 
@@ -430,21 +438,24 @@ create function nightowls._pgmq_notify(name text, throttle_interval_ms int, ther
 as $$
 #variable_conflict use_column
 declare
-  v_queue nightowls.queues := nightowls._queue(nightowls.current_org(), _pgmq_notify.name);
+  v_queue     nightowls.queues := nightowls._queue(nightowls.current_org(), _pgmq_notify.name);
+  v_throttles regclass := to_regclass('pgmq.notify_insert_throttle');
+  v_known     boolean;
 begin
+  execute format('select exists (select from %s t where t.org_id = $1 and t.queue_name = $2)', v_throttles)
+     into v_known using v_queue.org_id, v_queue.name;
   if _pgmq_notify.throttle_interval_ms is null then
     raise exception 'throttle_interval_ms must not be null' using errcode = 'null_value_not_allowed';
   elsif _pgmq_notify.throttle_interval_ms < 0 then
     raise exception 'throttle_interval_ms must be non-negative, got: %', _pgmq_notify.throttle_interval_ms
       using errcode = 'invalid_parameter_value';
-  elsif _pgmq_notify.there
-        and not exists (select from pgmq.notify_insert_throttle t where t.org_id = v_queue.org_id and t.queue_name = v_queue.name) then
+  elsif _pgmq_notify.there and not v_known then
     raise exception 'Queue "%" does not have notify_insert enabled. Enable it first using pgmq.enable_notify_insert()', v_queue.name
       using errcode = 'object_not_in_prerequisite_state';
   end if;
-  insert into pgmq.notify_insert_throttle as t (org_id, queue_name, throttle_interval_ms)
-  values (v_queue.org_id, v_queue.name, _pgmq_notify.throttle_interval_ms)
-  on conflict (org_id, queue_name) do update set throttle_interval_ms = excluded.throttle_interval_ms;
+  execute format('insert into %s (org_id, queue_name, throttle_interval_ms) values ($1, $2, $3)
+                  on conflict (org_id, queue_name) do update set throttle_interval_ms = excluded.throttle_interval_ms', v_throttles)
+    using v_queue.org_id, v_queue.name, _pgmq_notify.throttle_interval_ms;
 end;
 $$;
 
@@ -700,7 +711,7 @@ begin
     $trigger$;
   end if;
 
-  for v_function in select p.oid::regprocedure as name from pg_proc p where p.pronamespace = 'pgmq'::regnamespace loop
+  for v_function in select p.oid::regprocedure as name from pg_proc p where p.pronamespace = to_regnamespace('pgmq') loop
     perform nightowls._serve(v_function.name);
   end loop;
   for v_role in select s.role from nightowls._service_roles() s (role) loop

@@ -103,10 +103,10 @@ begin
     delete from nightowls._config_secrets s where s.org_id = _set_config_value.org and s.key = _set_config_value.key;
   end if;
   if nightowls._has_vault() then
-    execute 'select s.id from vault.decrypted_secrets s where s.name = $1' into v_id using v_name;
+    execute format('select s.id from %s s where s.name = $1', to_regclass('vault.decrypted_secrets')) into v_id using v_name;
     if v_id is not null and (_set_config_value.value is null or not _set_config_value.secret) then
       -- Vault has no function that removes a secret.
-      execute 'select vault.update_secret($1, $2)' using v_id, 'unset';
+      execute format('select %s.update_secret($1, $2)', to_regnamespace('vault')) using v_id, 'unset';
     end if;
   end if;
 
@@ -122,9 +122,10 @@ begin
 
   if nightowls._has_vault() then
     if v_id is null then
-      execute 'select vault.create_secret($1, $2, $3)' using _set_config_value.value, v_name, 'set by nightowls.set_config_value()';
+      execute format('select %s.create_secret($1, $2, $3)', to_regnamespace('vault'))
+        using _set_config_value.value, v_name, 'set by nightowls.set_config_value()';
     else
-      execute 'select vault.update_secret($1, $2)' using v_id, _set_config_value.value;
+      execute format('select %s.update_secret($1, $2)', to_regnamespace('vault')) using v_id, _set_config_value.value;
     end if;
   else
     insert into nightowls._config_secrets (org_id, key, value)
@@ -202,7 +203,7 @@ begin
   elsif v_row.value ->> 'secret' = 'table' then
     return (select s.value from nightowls._config_secrets s where s.org_id = v_row.org_id and s.key = _get_config_value.key);
   elsif nightowls._has_vault() then
-    execute 'select s.decrypted_secret from vault.decrypted_secrets s where s.name = $1'
+    execute format('select s.decrypted_secret from %s s where s.name = $1', to_regclass('vault.decrypted_secrets'))
        into v_value using 'nightowls/' || v_row.org_id || '/' || _get_config_value.key;
     return v_value;
   end if;

@@ -231,38 +231,6 @@ $$;
 
 revoke all on function nightowls._health_queues() from public;
 
--- The clock, where there is one.
-create function nightowls._health_clock()
-  returns setof nightowls._check
-  language plpgsql
-  volatile
-  parallel unsafe
-  set search_path to pg_catalog, pg_temp
-as $$
-#variable_conflict use_column
-declare
-  v_failing text;
-  v_last    timestamptz;
-begin
-  if to_regclass('nightowls.clock_parts') is null then
-    return;
-  end if;
-  execute 'select string_agg(format(''%s: %s'', c.part, c.error), ''; '' order by c.part) filter (where c.error is not null), max(c.ran_at)
-             from nightowls.clock_parts c'
-    into v_failing, v_last;
-  return query
-    select 'clock', 'runs', coalesce(v_last > clock_timestamp() - interval '10 minutes', false),
-           coalesce('last at ' || v_last, 'it has never run'),
-           case when (v_last > clock_timestamp() - interval '10 minutes') is not true
-                then 'What is due is done late or never. nightowls.schedule() installs it in pg_cron; else call tick() every minute.' end
-     union all
-    select 'clock', 'parts', v_failing is null, coalesce(v_failing, 'none fails'),
-           case when v_failing is not null then 'The others go on. The error says what to mend; it is tried again at each tick.' end;
-end;
-$$;
-
-revoke all on function nightowls._health_clock() from public;
-
 create view nightowls.health
   with (security_invoker = true)
 as
@@ -270,14 +238,12 @@ as
    union all
   select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_consumers() c
    union all
-  select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_queues() c
-   union all
-  select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_clock() c;
+  select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_queues() c;
 
 comment on view nightowls.health is
   'One row for each check: whether all is well, what was found, and what to do. It looks at all orgs. Other sessions are seen by those who may see them: '
   'superusers and members of pg_monitor.';
-comment on column nightowls.health.concern is 'What it is about: log, consumers, queues, clock.';
+comment on column nightowls.health.concern is 'What it is about: log, consumers, queues.';
 comment on column nightowls.health.name is 'The check.';
 comment on column nightowls.health.ok is 'Whether all is well.';
 comment on column nightowls.health.value is 'What was found.';
