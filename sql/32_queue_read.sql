@@ -618,7 +618,7 @@ $$;
 comment on function nightowls.read_with_poll(text, int, int, interval, uuid) is
   'As read, but waits up to max_wait for a message if there is none. With the library it sleeps until a message is sent, comes back or is '
   'due: a send wakes as many waiters as it sends messages, when it has committed; the end of a lease that was taken meanwhile is seen within a '
-  'second by one of those who wait, and within 20 where that one was the first and its transaction goes on. Without the library, or where it cannot wake (docs/queue.md), it looks again after pauses of 5 to 50, later up to 250 milliseconds. '
+  'second by one of those who wait, and at their next call where that one has returned and its transaction goes on. Without the library, or where it cannot wake (docs/queue.md), it looks again after pauses of 5 to 50, later up to 250 milliseconds. '
   'It needs a connection and keeps its snapshot while it waits: for long waits call it again rather than wait longer. It can be '
   'cancelled. queue, vt, qty and org as in read. Raises NW007 if the queue does not exist, 25001 above read committed, NW010 if there is no org, '
   '22004 or 22023 for an argument that is null or negative.';
