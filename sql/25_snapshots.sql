@@ -45,7 +45,7 @@ create table nightowls._sweeps (
   constraint _sweeps_pkey primary key (org_id, sweep, name)
 );
 
-comment on table nightowls._sweeps is 'How far create_snapshots, compact and tick got with each projection, aggregate type and org''s floors.';
+comment on table nightowls._sweeps is 'How far create_snapshots, compact and the sweep of floors got with each projection, aggregate type and org''s floors.';
 comment on column nightowls._sweeps.org_id is 'The tenant.';
 comment on column nightowls._sweeps.sweep is 'snapshots, compaction or floors.';
 comment on column nightowls._sweeps.name is 'The projection, or the aggregate type; empty for floors.';

@@ -85,7 +85,7 @@ create table nightowls.floor_marks (
   constraint floor_marks_pkey primary key (org_id)
 );
 
-comment on table nightowls.floor_marks is 'The highest fence of the floors that were removed, as nobody had asked for them for a day. Kept by tick.';
+comment on table nightowls.floor_marks is 'The highest fence of the floors that were removed, as nobody had asked for them for a day.';
 comment on column nightowls.floor_marks.org_id is 'The tenant.';
 comment on column nightowls.floor_marks.fence is 'No later grant has this fence or a lower one.';
 
