@@ -12,6 +12,7 @@ logs=$target/test-logs
 rm -rf "$logs"
 mkdir -p "$logs"
 passed=0 failed=0 skipped=0
+limit=1200 # seconds that a stage may take
 servers=() failures=() skips=()
 export RUST_BACKTRACE=0
 # Two at least: a lone test prints its name before its output, in one line.
@@ -47,16 +48,23 @@ count() {
 # run <name> <command…>: shows its output and counts its tests. What fails
 # before or beside them (a build, a time-out) is one failure of its own.
 run() {
-  local name=$1 log before=$failed status=0
+  local name=$1 log before=$failed status=0 running
   shift
   log=$logs/${name//[^[:alnum:]]/-}.log
   export NIGHTOWLS_SKIPS=$log.skips
   : >"$NIGHTOWLS_SKIPS"
-  # The longest stage takes minutes; what takes this long hangs.
-  timeout --foreground 1500 "$@" 2>&1 | tee "$log" | grep --line-buffered -vE '^(running [0-9]+ tests?|)$' || status=${PIPESTATUS[0]}
+  # The longest stage takes minutes: what takes this long hangs, and is stopped with all that it started. Its output goes to a
+  # file, not through a pipe, which a process that it leaves behind would keep open.
+  timeout -k 10 "$limit" "$@" >"$log" 2>&1 </dev/null &
+  running=$!
+  trap 'kill "$running"; exit 130' INT TERM
+  tail -n +1 -s 0.2 -f --pid="$running" "$log" | grep --line-buffered -vE '^(running [0-9]+ tests?|)$' || true
+  wait "$running" || status=$?
+  trap - INT TERM
   unset NIGHTOWLS_SKIPS
   count "$log" "$log.skips"
   if [ "$status" != 0 ]; then
+    if [ "$status" = 124 ]; then name="$name, stopped after $((limit / 60)) minutes"; fi
     failures+=("$name (its log: ${log#"$root"/})")
     if [ "$failed" = "$before" ]; then failed=$((failed + 1)); fi
   fi
