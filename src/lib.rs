@@ -8,12 +8,14 @@
 //! | [`install`] | the ordered list of SQL files |
 //! | [`migration`] | that list as an extension script or as migrations |
 //! | [`fold`] | folding events into state |
+//! | [`http`] | the client that requests and embeddings go by |
 //! | [`redact`] | taking secrets out of JSON |
 //! | [`wait`] | sleeping until a transaction has committed |
 
 #[cfg(feature = "extension")]
 mod error;
 pub mod fold;
+pub mod http;
 pub mod install;
 pub mod migration;
 pub mod redact;
