@@ -169,6 +169,8 @@ fn fingerprint(db: &Db, read_models: bool) -> Vec<String> {
         "nightowls.run_snapshots",
         "nightowls.messages",
         "nightowls.scratchpad",
+        "nightowls.scratchpad_marks",
+        "nightowls.clock_parts",
         "nightowls.followups",
         "nightowls.redaction_rules",
     ];

@@ -10,6 +10,7 @@ mod async_projections;
 mod bad_input;
 mod catalog;
 mod cdc;
+mod clock;
 mod compaction;
 mod config;
 mod consumers;

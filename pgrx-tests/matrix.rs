@@ -40,12 +40,14 @@ const RELATIONS: &[(&str, &str)] = &[
     ),
     ("_queue_counts", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("_replays", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    ("_samples", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("_sweeps", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("agent_versions", "bggg bgg- ---- ---- ---- ---- ---- ----"),
     ("agents", "bggg bgg- ---- ---- ---- ---- ---- ----"),
     ("all_events", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
     ("app_config", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("audit_log", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    ("clock_parts", "*yyy *--- ---- ---- ---- ---- ---- ----"),
     (
         "compaction_policies",
         "byyy b--- ---- ---- ---- ---- ---- ----",
@@ -94,6 +96,10 @@ const RELATIONS: &[(&str, &str)] = &[
     ("run_snapshots", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("runs", "byyy b--- o--- o--- o--- f--- n--- ----"),
     ("scratchpad", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    (
+        "scratchpad_marks",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
     ("settings", "*yyy *yyy ---- ---- ---- ---- ---- ----"),
     ("snapshots", "bggg b--- ---- ---- ---- ---- ---- ----"),
     ("streams", "byyy b--- ---- ---- ---- ---- ---- ----"),
@@ -224,7 +230,8 @@ fn prepare_calls(db: &Db, org: &str, other: &str) {
     db.service().exec(&format!(
         "select nightowls.add_member('theirs', 'viewer', o), nightowls.create_thread('t', org => o),
                 nightowls.start_run('r', 't', org => o), nightowls.append_message('t', '\"hi\"', org => o)
-           from unnest('{{{org},{other}}}'::uuid[]) o"
+           from unnest('{{{org},{other}}}'::uuid[]) o;
+         select nightowls.tick()"
     ));
 }
 

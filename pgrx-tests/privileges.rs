@@ -19,6 +19,7 @@ const OWNERS: &[&str] = &[
     "drop_stream",
     "enable_cdc",
     "grant_member",
+    "grant_monitor",
     "grant_service",
     "import_events",
     "install_pgmq",
@@ -26,7 +27,9 @@ const OWNERS: &[&str] = &[
     "migration_files",
     "publish_changes",
     "publish_table",
+    "schedule",
     "unpublish_changes",
+    "unschedule",
 ];
 
 /// Every function as a call with null arguments, with its public name; not those that
@@ -168,12 +171,14 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "_projection_states select",
                 "_queue_counts select",
                 "_replays select",
+                "_samples select",
                 "_sweeps select",
                 "agent_versions insert select update",
                 "agents insert select update",
                 "all_events select",
                 "app_config select",
                 "audit_log select",
+                "clock_parts select",
                 "compaction_policies select",
                 "compactions select",
                 "consumer_lag select",
@@ -209,6 +214,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "run_snapshots select",
                 "runs select",
                 "scratchpad select",
+                "scratchpad_marks select",
                 "settings delete insert select update",
                 "snapshots select",
                 "streams select",
@@ -632,6 +638,7 @@ const CALLS: &[(&str, &str)] = &[
         "metrics_all",
         "select count(*) from nightowls.metrics_all()",
     ),
+    ("metrics_text", "select nightowls.metrics_text()"),
     (
         "nack",
         "select nightowls.nack('jobs', 6, '00000000-0000-4000-8000-000000000000')",
@@ -702,6 +709,7 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.publish_agent_version('owl', '{}'); select nightowls.rollback_agent_version('owl', 1)",
     ),
     ("run_projections", "select nightowls.run_projections()"),
+    ("run_tick", "call nightowls.run_tick()"),
     (
         "save_run_snapshot",
         "select nightowls.start_run('rv'); select nightowls.save_run_snapshot('rv', '{}')",
@@ -760,6 +768,8 @@ const CALLS: &[(&str, &str)] = &[
         "state_at_time",
         "select nightowls.state_at_time('tally', 'a', 'now')",
     ),
+    // Without a view to refresh.
+    ("tick", "select nightowls.tick()"),
     ("unbind", "select nightowls.unbind('jobs')"),
     (
         "unbind_topic",

@@ -1,4 +1,4 @@
--- Errors that several concerns raise in the same words.
+-- What several concerns share: errors in the same words, and a row of health.
 
 -- How many single characters must be put in, taken out or exchanged to make one word of another (Levenshtein).
 create function nightowls._distance(one text, other text)
@@ -58,3 +58,12 @@ end;
 $$;
 
 revoke all on function nightowls._refuse_unknown(text, text, text[], text) from public;
+
+-- A row of the view health: what a concern says of itself, hint null when all is well.
+create type nightowls._check as (
+  concern text,
+  name    text,
+  ok      boolean,
+  value   text,
+  hint    text
+);

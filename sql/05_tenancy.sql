@@ -22,7 +22,7 @@ create table nightowls.settings (
 comment on table nightowls.settings is
   'Settings of the whole installation, one row each; an absent row means the default. '
   'default_org: the org of a call that names none. snapshot_every: after how many events of an aggregate new projections take a '
-  'snapshot, 1000 by default, 0 for never.';
+  'snapshot, 1000 by default, 0 for never. clock_every: how many seconds lie between two runs of the clock, as schedule said.';
 comment on column nightowls.settings.name is 'The setting''s name.';
 comment on column nightowls.settings.value is 'Its value.';
 

@@ -1475,9 +1475,9 @@ $$;
 
 revoke all on function nightowls._slowest_consumer(uuid, text) from public;
 
--- Removes rows that no longer count, of all orgs, and returns how many. It takes no lock and waits for nobody.
+-- Removes rows that no longer count, of all orgs, for about max_ms, and returns how many. It takes no lock and waits for nobody.
 -- Definer: the tables are closed.
-create function nightowls._prune_consumers()
+create function nightowls._prune_consumers(max_ms int default 60000)
   returns bigint
   language plpgsql
   volatile
@@ -1487,22 +1487,28 @@ create function nightowls._prune_consumers()
 as $$
 #variable_conflict use_column
 declare
-  v_offsets  bigint;
-  v_failures bigint;
+  v_until timestamptz := clock_timestamp() + _prune_consumers.max_ms * interval '1 millisecond';
+  v_count bigint;
+  v_done  bigint := 0;
 begin
-  delete from nightowls._consumer_offsets o
-   where o.ctid = any (array(
-           select x.ctid
-             from nightowls._consumer_offsets x
-            where not exists (
-                    select from nightowls.consumers c
-                     where c.org_id = x.org_id and c.name = x.consumer and c.generation = x.generation)
-               or exists (
-                    select from nightowls._consumer_offsets n
-                     where n.org_id = x.org_id and n.consumer = x.consumer and n.generation = x.generation and n.share = x.share
-                       and n.seq > x.seq)
-              for update skip locked));
-  get diagnostics v_offsets = row_count;
+  loop
+    delete from nightowls._consumer_offsets o
+     where o.ctid = any (array(
+             select x.ctid
+               from nightowls._consumer_offsets x
+              where not exists (
+                      select from nightowls.consumers c
+                       where c.org_id = x.org_id and c.name = x.consumer and c.generation = x.generation)
+                 or exists (
+                      select from nightowls._consumer_offsets n
+                       where n.org_id = x.org_id and n.consumer = x.consumer and n.generation = x.generation and n.share = x.share
+                         and n.seq > x.seq)
+              limit 5000
+                for update skip locked));
+    get diagnostics v_count = row_count;
+    v_done := v_done + v_count;
+    exit when v_count < 5000 or clock_timestamp() >= v_until;
+  end loop;
   -- Attempts that failed on events that are done since.
   delete from nightowls._consumer_failures f
    where f.ctid = any (array(
@@ -1512,13 +1518,14 @@ begin
             where c.name is null
                or x.parked_at is null and not x.replay
               and x."position" <= (select min(s."offset") from nightowls._share_states(c) s)
+            limit 5000
               for update of x skip locked));
-  get diagnostics v_failures = row_count;
-  return v_offsets + v_failures;
+  get diagnostics v_count = row_count;
+  return v_done + v_count;
 end;
 $$;
 
-revoke all on function nightowls._prune_consumers() from public;
+revoke all on function nightowls._prune_consumers(int) from public;
 
 -- Who holds the horizon of an org: the oldest append that is still open, by its process, or, once prepared, by its gid.
 -- Definer: reading the sequence needs rights that callers lack.

@@ -280,6 +280,42 @@ $$;
 
 revoke all on function nightowls._refresh_view(uuid, text) from public;
 
+-- The clock's part of it: refreshes the views that are due, of all orgs, the one that has waited longest first, and begins no other after max_ms. A view
+-- that cannot be refreshed does not stop the others. Nothing while something is being erased. did: how many were refreshed; detail: the last error.
+create function nightowls._refresh_views(max_ms int, out did bigint, out detail jsonb)
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_until timestamptz := clock_timestamp() + _refresh_views.max_ms * interval '1 millisecond';
+  v_view  record;
+begin
+  did := 0;
+  for v_view in
+    select p.org_id, p.name
+      from nightowls.projections p
+      left join nightowls._sweeps w on w.org_id = p.org_id and w.sweep = 'views' and w.name = p.name
+     where p.kind = 'view' and (p.refreshed_at is null or p.refreshed_at + p.refresh_every <= clock_timestamp())
+     order by w.swept_at nulls first, p.org_id, p.name
+  loop
+    exit when clock_timestamp() >= v_until
+           or not pg_try_advisory_xact_lock_shared(nightowls._lock_class(263), 0);
+    begin
+      perform nightowls._refresh_view(v_view.org_id, v_view.name);
+      did := did + 1;
+    exception when others then
+      detail := jsonb_build_object('error', format('%s: %s %s', v_view.name, sqlstate, sqlerrm));
+    end;
+    perform nightowls._end_turn(v_view.org_id, 'views', v_view.name, '');
+  end loop;
+end;
+$$;
+
+revoke all on function nightowls._refresh_views(int) from public;
+
 -- Forgets a projection and its states. Definer: the tables are closed.
 create function nightowls._forget_projection(org uuid, name text)
   returns void

@@ -45,10 +45,10 @@ create table nightowls._sweeps (
   constraint _sweeps_pkey primary key (org_id, sweep, name)
 );
 
-comment on table nightowls._sweeps is 'How far create_snapshots, compact and the sweep of floors got with each projection, aggregate type and org''s floors.';
+comment on table nightowls._sweeps is 'How far the sweeps got: create_snapshots, compact and the parts of the clock that serve orgs in turn.';
 comment on column nightowls._sweeps.org_id is 'The tenant.';
-comment on column nightowls._sweeps.sweep is 'snapshots, compaction or floors.';
-comment on column nightowls._sweeps.name is 'The projection, or the aggregate type; empty for floors.';
+comment on column nightowls._sweeps.sweep is 'snapshots, compaction, queues, floors, views, scratchpads or followups.';
+comment on column nightowls._sweeps.name is 'The projection, or the aggregate type; empty where the sweep is of a whole org.';
 comment on column nightowls._sweeps.after_id is 'The last aggregate or floor looked at; empty: from the beginning.';
 comment on column nightowls._sweeps.swept_at is 'When it had its last turn.';
 

@@ -57,6 +57,9 @@ begin atomic
          ('run_snapshots', '_erase_swarm', null),
          ('messages', '_erase_swarm', null),
          ('scratchpad', '_erase_swarm', null),
+         ('scratchpad_marks', null, 'numbers'),
+         ('clock_parts', null, 'the parts of the clock'),
+         ('_samples', null, 'figures'),
          ('followups', '_erase_swarm', null);
 end;
 

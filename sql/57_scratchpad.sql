@@ -18,8 +18,21 @@ comment on column nightowls.scratchpad.value is 'The value, any JSON; SQL''s nul
 comment on column nightowls.scratchpad.version is 'How often it was put or deleted.';
 comment on column nightowls.scratchpad.updated_at is 'When it was last put or deleted.';
 
--- Puts a value, or deletes it if that is null; returns the new version, null if there was nothing to delete. A row that is deleted stays, so that
--- no version comes twice.
+-- What the clock takes away for good.
+create index scratchpad_deleted_idx on nightowls.scratchpad (org_id, updated_at) where value is null;
+
+create table nightowls.scratchpad_marks (
+  org_id  uuid   not null,
+  version bigint not null,
+  constraint scratchpad_marks_pkey primary key (org_id)
+);
+
+comment on table nightowls.scratchpad_marks is 'Where the versions of new keys begin, since the clock has taken away keys that were deleted.';
+comment on column nightowls.scratchpad_marks.org_id is 'The tenant.';
+comment on column nightowls.scratchpad_marks.version is 'The highest version that a key had which was taken away.';
+
+-- Puts a value, or deletes it if that is null; returns the new version, null if there was nothing to delete. A row that is deleted stays for
+-- 30 days, and new keys begin above what was taken away then, so that no version comes twice.
 -- Definer: nobody else may write to the table.
 create function nightowls._scratchpad_write(org uuid, scope text, key text, value jsonb, expected_version bigint)
   returns bigint
@@ -36,6 +49,7 @@ as $$
 #variable_conflict use_column
 declare
   v_found nightowls.scratchpad;
+  v_first bigint := 1;
 begin
   perform nightowls._check_text('scope', _scratchpad_write.scope, true);
   perform nightowls._check_text('key', _scratchpad_write.key, true);
@@ -44,8 +58,9 @@ begin
     raise exception 'expected_version must be 0 or more' using errcode = 'invalid_parameter_value';
   end if;
   if _scratchpad_write.value is not null and coalesce(_scratchpad_write.expected_version, 0) = 0 then
+    v_first := 1 + coalesce((select m.version from nightowls.scratchpad_marks m where m.org_id = _scratchpad_write.org), 0);
     insert into nightowls.scratchpad as s (org_id, scope, key, value, version)
-    values (_scratchpad_write.org, _scratchpad_write.scope, _scratchpad_write.key, _scratchpad_write.value, 1)
+    values (_scratchpad_write.org, _scratchpad_write.scope, _scratchpad_write.key, _scratchpad_write.value, v_first)
     on conflict (org_id, scope, key) do update
        set value = excluded.value, version = s.version + 1, updated_at = clock_timestamp()
      where _scratchpad_write.expected_version is null or s.value is null
@@ -58,8 +73,16 @@ begin
     returning s.* into v_found;
   end if;
   if found then
-    if v_found.version = 1 then
+    if v_found.version = v_first then
       perform nightowls._refuse_no_org(_scratchpad_write.org);
+      -- It may have waited for the clock to take the key away.
+      update nightowls.scratchpad s
+         set version = m.version + 1
+        from nightowls.scratchpad_marks m
+       where m.org_id = _scratchpad_write.org and m.version >= v_first
+         and s.org_id = _scratchpad_write.org and s.scope = _scratchpad_write.scope and s.key = _scratchpad_write.key
+      returning s.* into v_found;
+      return coalesce(v_found.version, v_first);
     end if;
     return v_found.version;
   elsif _scratchpad_write.expected_version is null then
@@ -206,3 +229,91 @@ alter table nightowls.scratchpad enable row level security;
 alter table nightowls.scratchpad force row level security;
 create policy service_all on nightowls.scratchpad
   using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+alter table nightowls.scratchpad_marks enable row level security;
+alter table nightowls.scratchpad_marks force row level security;
+create policy service_all on nightowls.scratchpad_marks
+  using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+-- Takes away keys of an org that were deleted before a time, 1,000 at most, and returns how many. What somebody has locked stays.
+-- Definer: nobody else may write to the tables.
+create function nightowls._prune_scratchpads_of(org uuid, before timestamptz)
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set enable_sort to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_count   bigint;
+  v_version bigint;
+begin
+  with gone as (
+    delete from nightowls.scratchpad d
+     where d.ctid = any (array(
+             select s.ctid
+               from nightowls.scratchpad s
+              where s.org_id = _prune_scratchpads_of.org and s.value is null and s.updated_at < _prune_scratchpads_of.before
+              order by s.updated_at
+              limit 1000
+                for update skip locked))
+    returning d.version
+  )
+  select count(*), max(g.version) into v_count, v_version from gone g;
+  if v_count > 0 then
+    insert into nightowls.scratchpad_marks (org_id, version) values (_prune_scratchpads_of.org, v_version)
+    on conflict (org_id) do update set version = greatest(scratchpad_marks.version, excluded.version);
+  end if;
+  return v_count;
+end;
+$$;
+
+revoke all on function nightowls._prune_scratchpads_of(uuid, timestamptz) from public;
+
+-- The clock's part of it, of all orgs in turn: keys that were deleted 30 days ago. Returns how many went.
+create function nightowls._prune_scratchpads(max_ms int)
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_until  timestamptz := clock_timestamp() + _prune_scratchpads.max_ms * interval '1 millisecond';
+  v_before timestamptz := clock_timestamp() - interval '30 days';
+  v_org    uuid;
+  v_count  bigint;
+  v_done   bigint := 0;
+begin
+  if not nightowls._begin_sweep('scratchpads') then
+    return 0;
+  end if;
+  for v_org in
+    select o.org_id
+      from nightowls.orgs o
+      left join nightowls._sweeps w on w.org_id = o.org_id and w.sweep = 'scratchpads' and w.name = ''
+     where exists (
+             select from nightowls.scratchpad s where s.org_id = o.org_id and s.value is null and s.updated_at < v_before)
+     order by w.swept_at nulls first, o.org_id
+  loop
+    loop
+      v_count := nightowls._prune_scratchpads_of(v_org, v_before);
+      v_done := v_done + v_count;
+      exit when v_count < 1000 or clock_timestamp() >= v_until;
+    end loop;
+    perform nightowls._end_turn(v_org, 'scratchpads', '', '');
+    exit when clock_timestamp() >= v_until;
+  end loop;
+  return v_done;
+end;
+$$;
+
+revoke all on function nightowls._prune_scratchpads(int) from public;

@@ -10,11 +10,13 @@ create table nightowls.followups (
   msg_id      bigint      not null,
   status      text        collate "C" not null default 'pending',
   created_at  timestamptz not null default clock_timestamp(),
+  finished_at timestamptz,
   constraint followups_pkey primary key (org_id, followup_id),
   constraint followups_status_check check (status in ('pending', 'done', 'cancelled'))
 );
 
 create index followups_thread_id_idx on nightowls.followups (org_id, thread_id, due_at);
+create index followups_finished_idx on nightowls.followups (org_id, finished_at) where finished_at is not null;
 
 comment on table nightowls.followups is 'Work to be done later for a thread. Kept by create_followup, finish_followup and cancel_followup.';
 comment on column nightowls.followups.org_id is 'The tenant.';
@@ -26,6 +28,7 @@ comment on column nightowls.followups.due_at is 'When it is due.';
 comment on column nightowls.followups.msg_id is 'Its message in queue "followups".';
 comment on column nightowls.followups.status is 'pending, done or cancelled.';
 comment on column nightowls.followups.created_at is 'When it was made.';
+comment on column nightowls.followups.finished_at is 'When it was done or cancelled; 30 days later the clock removes it.';
 
 -- Definer: nobody else may write to the table.
 create function nightowls._create_followup(org uuid, thread_id text, agent text, payload jsonb, due_at timestamptz)
@@ -153,7 +156,7 @@ begin
     return false;
   end if;
   update nightowls.followups f
-     set status = case when _end_followup.cancelled then 'cancelled' else 'done' end
+     set status = case when _end_followup.cancelled then 'cancelled' else 'done' end, finished_at = clock_timestamp()
    where f.org_id = _end_followup.org and f.followup_id = _end_followup.followup_id;
   return true;
 end;
@@ -205,6 +208,80 @@ alter table nightowls.followups enable row level security;
 alter table nightowls.followups force row level security;
 create policy service_all on nightowls.followups
   using ((select nightowls._is_service())) with check ((select nightowls._is_service()));
+
+-- Removes followups of an org that were over before a time, 1,000 at most, and returns how many. What somebody has locked stays.
+-- Definer: nobody else may write to the table.
+create function nightowls._prune_followups_of(org uuid, before timestamptz)
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  security definer
+  set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set enable_sort to off
+  set plan_cache_mode to force_generic_plan
+  set jit to off
+as $$
+#variable_conflict use_column
+declare
+  v_count bigint;
+begin
+  delete from nightowls.followups d
+   where d.ctid = any (array(
+           select f.ctid
+             from nightowls.followups f
+            where f.org_id = _prune_followups_of.org and f.finished_at < _prune_followups_of.before
+            order by f.finished_at
+            limit 1000
+              for update skip locked));
+  get diagnostics v_count = row_count;
+  return v_count;
+end;
+$$;
+
+revoke all on function nightowls._prune_followups_of(uuid, timestamptz) from public;
+
+-- The clock's part of it, of all orgs in turn: what was over 30 days ago. Returns how many went.
+create function nightowls._prune_followups(max_ms int)
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_until  timestamptz := clock_timestamp() + _prune_followups.max_ms * interval '1 millisecond';
+  v_before timestamptz := clock_timestamp() - interval '30 days';
+  v_org    uuid;
+  v_count  bigint;
+  v_done   bigint := 0;
+begin
+  if not nightowls._begin_sweep('followups') then
+    return 0;
+  end if;
+  for v_org in
+    select o.org_id
+      from nightowls.orgs o
+      left join nightowls._sweeps w on w.org_id = o.org_id and w.sweep = 'followups' and w.name = ''
+     where exists (select from nightowls.followups f where f.org_id = o.org_id and f.finished_at < v_before)
+     order by w.swept_at nulls first, o.org_id
+  loop
+    loop
+      v_count := nightowls._prune_followups_of(v_org, v_before);
+      v_done := v_done + v_count;
+      exit when v_count < 1000 or clock_timestamp() >= v_until;
+    end loop;
+    perform nightowls._end_turn(v_org, 'followups', '', '');
+    exit when clock_timestamp() >= v_until;
+  end loop;
+  return v_done;
+end;
+$$;
+
+revoke all on function nightowls._prune_followups(int) from public;
 
 -- A subject of the swarm --------------------------------------------------------------------------------
 

@@ -63,6 +63,48 @@ comment on function nightowls.disable_cdc() is
 
 revoke all on function nightowls.disable_cdc() from public;
 
+-- Whether the publication is there and does not have what enable_cdc gives it.
+create function nightowls._is_cdc_broken()
+  returns boolean
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  return exists (
+    select from pg_publication p
+     where p.pubname = 'nightowls_events' and not p.puballtables
+       and (not p.pubinsert or p.pubupdate or p.pubdelete or p.pubtruncate
+            or not exists (select from pg_publication_rel r where r.prpubid = p.oid and r.prrelid = 'nightowls.events'::regclass)));
+end;
+$$;
+
+revoke all on function nightowls._is_cdc_broken() from public;
+
+-- The clock's part of it: puts right what is broken, where the caller may; health says it where nobody has. Returns 1 if it did.
+create function nightowls._repair_cdc()
+  returns bigint
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if nightowls._is_cdc_broken()
+     and pg_has_role(current_user, (select p.pubowner from pg_publication p where p.pubname = 'nightowls_events'), 'usage')
+     and pg_has_role(current_user, (select c.relowner from pg_class c where c.oid = 'nightowls.events'::regclass), 'usage') then
+    perform nightowls.enable_cdc();
+    return 1;
+  end if;
+  return 0;
+end;
+$$;
+
+revoke all on function nightowls._repair_cdc() from public;
+
 -- Changes of a user's table as events ---------------------------------------------------------------
 --
 -- Three triggers a registration, which fire one after the other for each row. The first evaluates the user's expressions

@@ -1,12 +1,4 @@
--- Seeing whether all is well: the view health, made of one function for each concern.
-
-create type nightowls._check as (
-  concern text,
-  name    text,
-  ok      boolean,
-  value   text,
-  hint    text
-);
+-- Seeing whether all is well: what the log, its consumers and the queues say of themselves, for the view health.
 
 -- Guards of our tables that somebody has switched off, and who holds up reading and cleaning up.
 create function nightowls._health_log()
@@ -230,21 +222,3 @@ end;
 $$;
 
 revoke all on function nightowls._health_queues() from public;
-
-create view nightowls.health
-  with (security_invoker = true)
-as
-  select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_log() c
-   union all
-  select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_consumers() c
-   union all
-  select c.concern, c.name, c.ok, c.value, c.hint from nightowls._health_queues() c;
-
-comment on view nightowls.health is
-  'One row for each check: whether all is well, what was found, and what to do. It looks at all orgs. Other sessions are seen by those who may see them: '
-  'superusers and members of pg_monitor.';
-comment on column nightowls.health.concern is 'What it is about: log, consumers, queues.';
-comment on column nightowls.health.name is 'The check.';
-comment on column nightowls.health.ok is 'Whether all is well.';
-comment on column nightowls.health.value is 'What was found.';
-comment on column nightowls.health.hint is 'What it means and what to do; null when all is well.';

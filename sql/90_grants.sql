@@ -30,10 +30,10 @@ begin
   execute format('grant select on nightowls.queues, nightowls.queue_messages, nightowls.queue_marks, nightowls.queue_due_marks, '
                  'nightowls.queue_dedup, nightowls.queue_archive, nightowls.queue_bindings, nightowls.topic_bindings, nightowls.once_keys to %I', grant_service.role);
   execute format('grant select on nightowls.agents, nightowls.agent_versions, nightowls.audit_log, nightowls.threads, nightowls.runs, '
-                 'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.followups, nightowls.redaction_rules, nightowls.app_config to %I', grant_service.role);
+                 'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.scratchpad_marks, nightowls.followups, nightowls.redaction_rules, nightowls.app_config to %I', grant_service.role);
   -- So that a direct write is told why it is refused.
   execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
-  execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics, nightowls.health to %I', grant_service.role);
+  execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics, nightowls.clock_parts, nightowls._samples, nightowls.health to %I', grant_service.role);
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
     execute format('grant select on %s to %I', v_view, grant_service.role);
   end loop;
@@ -68,7 +68,7 @@ create function nightowls._owner_functions()
   return array['create_stream_join', 'create_enrichment', 'create_table_join', 'drop_stream', '_make_stream',
                'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
                'install_rpc', '_serve', 'install_pgmq', 'adopt_pgmq', '_take_pgmq', '_pgmq_last_id',
-               'grant_service', 'grant_member', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
+               'schedule', 'unschedule', 'grant_service', 'grant_member', 'grant_monitor', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
 
 revoke all on function nightowls._owner_functions() from public;
@@ -130,6 +130,31 @@ comment on function nightowls.grant_member(text) is
   'of yours uses, which sets these, and not to one that users log in with. Owner only. Raises 42704 if the role does not exist, 22004 if role is null.';
 
 revoke all on function nightowls.grant_member(text) from public;
+
+create function nightowls.grant_monitor(role text)
+  returns void
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  if grant_monitor.role is null then
+    raise exception 'role must not be null' using errcode = 'null_value_not_allowed';
+  elsif not exists (select from pg_roles r where r.rolname = grant_monitor.role) then
+    raise exception 'role "%" does not exist', left(grant_monitor.role, 64) using errcode = 'undefined_object';
+  end if;
+  execute format('grant usage on schema nightowls to %I', grant_monitor.role);
+  execute format('grant execute on function nightowls.metrics_text(), nightowls._metrics_totals(), nightowls._is_service() to %I', grant_monitor.role);
+end;
+$$;
+
+comment on function nightowls.grant_monitor(text) is
+  'Lets a role read metrics_text, with totals over all orgs, and nothing else: for what scrapes metrics. role: its name. Owner only. Raises 42704 if the role does '
+  'not exist, 22004 if role is null.';
+
+revoke all on function nightowls.grant_monitor(text) from public;
 
 do $$
 begin
