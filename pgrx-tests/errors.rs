@@ -26,7 +26,7 @@ fn listed(heading: &str) -> BTreeSet<String> {
 }
 
 /// The codes of both tables.
-fn promised() -> BTreeSet<String> {
+pub fn promised() -> BTreeSet<String> {
     let mut codes = listed("Raised by nightowls");
     codes.extend(listed("Raised by Postgres on our objects"));
     codes

@@ -36,6 +36,7 @@ mod operations;
 mod orm;
 mod pgmq;
 mod plans;
+mod postgrest;
 mod privileges;
 mod process;
 mod projections;

@@ -8,6 +8,8 @@ use std::sync::atomic::{AtomicU32, Ordering};
 
 use nightowls::migration::{VERSION, extension_script, migrations};
 
+use crate::fixture::{default_org, lines};
+use crate::pgmq::real_pgmq;
 use crate::support::{Db, Install, OWNER, STRANGER, on_each_install, on_install, quote, server};
 
 /// A folder of its own, removed at the end of its test.
@@ -538,9 +540,17 @@ fn sql_blocks(page: &str) -> Vec<String> {
     blocks
 }
 
+/// The blocks of the part of docs/moving.md under a heading.
+fn moving(heading: &str) -> Vec<String> {
+    let (_, rest) = include_str!("../docs/moving.md")
+        .split_once(&format!("\n## {heading}\n"))
+        .expect("the page has the heading");
+    sql_blocks(rest.split("\n## ").next().unwrap_or_default())
+}
+
 #[test]
 fn an_older_schema_moves_over_as_the_page_says() {
-    let blocks = sql_blocks(include_str!("../docs/moving.md"));
+    let blocks = moving("Beside an older schema");
     let [rename, org, history] = blocks.as_slice() else {
         panic!("{} blocks", blocks.len());
     };
@@ -566,4 +576,125 @@ fn an_older_schema_moves_over_as_the_page_says() {
         );
         assert_eq!(moved.as_deref(), Some("30 10 01/01/2020"));
     }
+}
+
+#[test]
+fn the_npm_package_s_agents_and_messages_come_over_as_the_page_says() {
+    let before = moving("Beside an older schema");
+    let blocks = moving("From @nightowlsdev/storage-supabase");
+    let [agents, messages] = blocks.as_slice() else {
+        panic!("{} blocks", blocks.len());
+    };
+    for install in Install::ALL {
+        let db = server().empty_database(install);
+        let mut owner = db.owner();
+        // As far as the page looks at them; Mastra's two as @mastra/pg 1.27 makes them.
+        owner.exec(
+            r#"create schema nightowls;
+               create table nightowls.agent_versions (slug text, version int, content jsonb, created_by text, primary key (slug, version));
+               insert into nightowls.agent_versions values ('sage', 2, '{"modelId": "large"}', 'bob'), ('owl', 1, '{}', 'ann'),
+                 ('sage', 1, '{"modelId": "small"}', 'ann');
+               create table nightowls.mastra_threads (id text primary key, "resourceId" text not null, title text not null, metadata jsonb,
+                 "createdAt" timestamp not null, "updatedAt" timestamp not null);
+               create table nightowls.mastra_messages (id text primary key, thread_id text not null, content text not null, role text not null,
+                 type text not null, "createdAt" timestamp not null, "resourceId" text);
+               insert into nightowls.mastra_threads values ('t', 'customer-7', 'A refund', null, now(), now());
+               insert into nightowls.mastra_messages values
+                 ('m2', 't', '{"format": 2, "parts": [{"type": "text", "text": "It is."}]}', 'assistant', 'v2', '2020-01-01 10:01', 'customer-7'),
+                 ('m1', 't', '{"format": 2, "parts": [{"type": "text", "text": "Is it?"}]}', 'user', 'v2', '2020-01-01 10:00', 'customer-7')"#,
+        );
+        owner.exec(&before[0]);
+        install_by_hand(&db, install);
+        owner.exec(&before[1]);
+        owner.exec(agents);
+        owner.exec(messages);
+        owner.exec(messages);
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select slug, version, is_head, content ->> 'model_id', actor ->> 'id'
+                   from unnest(array['owl', 'sage']) slug, nightowls.list_agent_versions(slug) order by 1, 2"
+            ),
+            ["owl 1 t null ann", "sage 1 f small ann", "sage 2 t large bob"]
+        );
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select seq, message_id, author_type, content -> 'parts' -> 0 ->> 'text', metadata ->> 'said_at' from nightowls.list_messages('t')"
+            ),
+            [
+                "1 m1 user Is it? 2020-01-01T10:00:00",
+                "2 m2 agent It is. 2020-01-01T10:01:00"
+            ]
+        );
+        // Nothing is half there where a number is missing.
+        owner.exec(
+            "delete from nightowls_v1.agent_versions;
+             insert into nightowls_v1.agent_versions values ('new', 1, '{}', 'ann'), ('new', 3, '{}', 'ann')",
+        );
+        assert_eq!(owner.refused(agents).code, "NW001");
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select * from nightowls.list_agent_versions('new')"
+            ),
+            Vec::<String>::new()
+        );
+    }
+}
+
+#[test]
+fn an_events_table_and_a_pgmq_move_over_as_the_page_says() {
+    let Some(real) = real_pgmq() else { return };
+    let blocks = moving("From an events table and pgmq");
+    let [history, queue, view, binding] = blocks.as_slice() else {
+        panic!("{} blocks", blocks.len());
+    };
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        db.superuser().exec(&format!(
+            "grant pg_monitor to {} with admin option",
+            db.install().owner()
+        ));
+        owner.exec("set client_min_messages to warning");
+        owner.exec(&real);
+        owner.exec(
+            "create table public.order_events (id bigint generated by default as identity primary key, order_id text, kind text, body jsonb,
+               created_at timestamptz default now());
+             select pgmq.create('jobs');
+             create procedure public.pay(o text) language sql as $$
+               insert into public.order_events (order_id, kind, body) values (o, 'order_paid', '{\"amount\": 5}');
+               select pgmq.send('jobs', jsonb_build_object('order', o)) $$;
+             call public.pay('o1'); call public.pay('o2'); call public.pay('o1')",
+        );
+        assert_eq!(lines(&mut owner, history), ["3 0 f"]);
+        owner.exec("call public.pay('o3')");
+        assert_eq!(lines(&mut owner, history), ["1 0 f"]);
+        owner.exec(queue);
+        // The old program goes on, over functions and a table that are others now.
+        owner.exec("call public.pay('o1')");
+        owner.exec(view);
+        owner.exec("call public.pay('o1')");
+        let written = "select version, payload from nightowls.read_aggregate('order', 'o1')";
+        assert_eq!(lines(&mut owner, written).len(), 3);
+        let id = lines(
+            &mut owner,
+            "insert into public.order_events (order_id, kind) values ('o2', 'order_sent') returning id",
+        );
+        let last = "select position from nightowls.last_event('order', 'o2', 'order_sent')";
+        assert_eq!(lines(&mut owner, last), id);
+        owner.exec("create or replace procedure public.pay(o text) language sql as $$
+               insert into public.order_events (order_id, kind, body) values (o, 'order_paid', '{\"amount\": 5}') $$");
+        owner.exec(binding);
+        owner.exec("call public.pay('o4')");
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select coalesce(message ->> 'order', message ->> 'aggregate_id' || ' ' || (message -> 'payload' ->> 'amount'))
+                   from pgmq.read('jobs', 30, 10)"
+            ),
+            ["o1", "o2", "o1", "o3", "o1", "o1", "o4 5"]
+        );
+    });
 }

@@ -385,6 +385,29 @@ fn drizzle_takes_the_tour() {
 }
 
 #[test]
+fn the_storage_adapter_keeps_what_an_agent_engine_has() {
+    let Some(node) = node() else { return };
+    let folder = with_adapter(project(node, "npm", &[]));
+    let tsx = node.folder.join("node_modules/.bin/tsx");
+    on_each_route(|db| {
+        let url = ready(db);
+        db.owner().exec(
+            "select nightowls.create_org('other', org => '00000000-0000-4000-8000-000000000002')",
+        );
+        assert_eq!(run(&tsx, &["storage.ts"], folder.path(), &url), "stored\n");
+    });
+}
+
+/// The folder, with examples/storage-adapter.ts in it.
+fn with_adapter(folder: Folder) -> Folder {
+    folder.write(
+        "storage-adapter.ts",
+        include_str!("../examples/storage-adapter.ts"),
+    );
+    folder
+}
+
+#[test]
 fn drizzle_kit_leaves_our_schema_alone() {
     let Some(node) = node() else { return };
     let kit = node.folder.join("node_modules/.bin/drizzle-kit");
@@ -467,7 +490,7 @@ fn the_typescript_fits_the_packages_and_the_types_that_supabase_generates() {
         Ok(cli) => cli,
         Err(reason) => return skip(&format!("supabase cli ({reason})")),
     };
-    let folder = project(node, "npm", &["drizzle/", "supabase/"]);
+    let folder = with_adapter(project(node, "npm", &["drizzle/", "supabase/"]));
     on_install(Install::Plain, |db| {
         let remote = format!("--remote={}", db.url(OWNER));
         let types = Command::new(&cli)
@@ -487,6 +510,9 @@ fn the_typescript_fits_the_packages_and_the_types_that_supabase_generates() {
             &String::from_utf8_lossy(&types.stdout),
         );
     });
+    for (name, text) in supabase::programs() {
+        folder.write(name, text);
+    }
     folder.write(
         "tsconfig.json",
         r#"{
@@ -494,7 +520,7 @@ fn the_typescript_fits_the_packages_and_the_types_that_supabase_generates() {
     "strict": true, "noEmit": true, "skipLibCheck": true, "noUnusedLocals": true,
     "module": "nodenext", "target": "es2022"
   },
-  "include": ["*.ts", "drizzle/*.ts", "supabase/*.ts"]
+  "include": ["*.ts", "drizzle/*.ts", "supabase/*.ts", "swarm/*.ts"]
 }"#,
     );
     let tsc = node.folder.join("node_modules/.bin/tsc");

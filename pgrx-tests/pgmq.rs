@@ -275,7 +275,7 @@ fn the_node_client_runs_its_life_cycle_unchanged() {
 }
 
 /// The real pgmq's SQL, which the Python client carries.
-fn real_pgmq() -> Option<String> {
+pub fn real_pgmq() -> Option<String> {
     let tools = python_client()?;
     let lib = fs::read_dir(tools.folder.join("venv/lib")).expect("a venv has a lib");
     let python = lib

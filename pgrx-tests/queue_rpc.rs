@@ -7,7 +7,8 @@ use crate::fixture::{default_org, lines};
 use crate::orm::{Found, Tools, npm, or_skip, run, write};
 use crate::projections::text;
 use crate::queue::jobs;
-use crate::support::{APP, Db, Install, OWNER, SERVICE, STRANGER, on_each_install, own_cluster};
+use crate::supabase::dressed;
+use crate::support::{APP, Db, Install, SERVICE, STRANGER, on_each_install};
 
 /// The npm clients, PostgREST and the programs of `pgrx-tests/clients/npm`.
 pub fn node_clients() -> Option<&'static Tools> {
@@ -167,66 +168,70 @@ fn worker() -> &'static str {
         .expect("docs/queue.md has a worker")
 }
 
-fn dress(db: &Db) {
-    let mut superuser = db.superuser();
-    superuser.exec(&format!("set shim.host to '{OWNER}'"));
-    superuser.exec(include_str!("supabase-shim.sql"));
+/// A Supabase project's database with nightowls and the wrappers in schema public, and an org by default.
+pub fn project(install: Install) -> Db {
+    let db = dressed(install);
+    let mut owner = db.owner();
+    match install {
+        Install::Extension => owner.exec("create extension nightowls"),
+        Install::Plain => {
+            for file in nightowls::migration::migrations(nightowls::migration::VERSION) {
+                owner.exec(&file.sql);
+            }
+        }
+    }
+    default_org(&db);
+    owner.exec("select nightowls.install_rpc()");
+    db
+}
+
+/// What programs of `pgrx-tests/clients/npm`, each `role=program`, print, one after the other, with PostgREST before the database.
+#[track_caller]
+pub fn serve(node: &Tools, db: &Db, programs: &[&str]) -> String {
+    for file in ["serve.mjs", "token.mjs", "websocket.mjs", "package.json"] {
+        place(node, "npm", file);
+    }
+    run(
+        Path::new("node"),
+        &[&["serve.mjs"], programs].concat(),
+        &node.folder,
+        &db.url("authenticator"),
+    )
 }
 
 #[test]
 fn a_worker_written_against_supabase_js_runs_verbatim() {
     let Some(node) = node_clients() else { return };
-    let files = [
-        "serve.mjs",
-        "websocket.mjs",
-        "errors.ts",
-        "refused.ts",
-        "package.json",
-    ];
-    for file in files {
+    for file in ["errors.ts", "refused.ts"] {
         place(node, "npm", file);
     }
     write(&node.folder, "worker.ts", worker());
     for install in Install::ALL {
-        own_cluster(|cluster| {
-            let db = cluster.empty_database(install);
-            dress(&db);
-            let mut owner = db.owner();
-            match install {
-                Install::Extension => owner.exec("create extension nightowls"),
-                Install::Plain => {
-                    for file in nightowls::migration::migrations(nightowls::migration::VERSION) {
-                        owner.exec(&file.sql);
-                    }
-                }
-            }
-            default_org(&db);
-            owner.exec(
-                "select nightowls.install_rpc(); select nightowls.create_queue('jobs');
-                 select nightowls.send('jobs', '{\"to\": \"ann\"}'), nightowls.send('jobs', '{\"to\": \"bob\"}')",
-            );
-            let said = run(
-                Path::new("node"),
-                &[
-                    "serve.mjs",
-                    "service_role=worker.ts",
-                    "service_role=errors.ts",
-                    "anon=refused.ts",
-                    "authenticated=refused.ts",
-                ],
-                &node.folder,
-                &db.url("authenticator"),
-            );
-            let refused = "pop_queue null 42501\nack_message null 42501\nsend null 42501\n";
-            assert_eq!(
-                said,
-                format!(
-                    "working on {{ to: 'ann' }}\nworking on {{ to: 'bob' }}\n\
+        let db = project(install);
+        let mut owner = db.owner();
+        owner.exec(
+            "select nightowls.create_queue('jobs');
+             select nightowls.send('jobs', '{\"to\": \"ann\"}'), nightowls.send('jobs', '{\"to\": \"bob\"}')",
+        );
+        let said = serve(
+            node,
+            &db,
+            &[
+                "service_role=worker.ts",
+                "service_role=errors.ts",
+                "anon=refused.ts",
+                "authenticated=refused.ts",
+            ],
+        );
+        let refused = "pop_queue null 42501\nack_message null 42501\nsend null 42501\n";
+        assert_eq!(
+            said,
+            format!(
+                "working on {{ to: 'ann' }}\nworking on {{ to: 'bob' }}\n\
                      NW007 queue \"jbos\" does not exist Did you mean \"jobs\"?\nnumber 1 eve\ntrue false\n{refused}{refused}"
-                )
-            );
-            let left = text(&mut owner, "select count(*) from nightowls.queue_messages");
-            assert_eq!(left, "0");
-        });
+            )
+        );
+        let left = text(&mut owner, "select count(*) from nightowls.queue_messages");
+        assert_eq!(left, "0");
     }
 }

@@ -10,7 +10,9 @@ use std::sync::{Arc, OnceLock};
 use nightowls::migration::{VERSION, migrations};
 
 use crate::migration::{Folder, owl_install};
-use crate::support::{Cluster, Db, Install, OWNER, STRANGER, own_cluster, skip};
+use crate::orm::write;
+use crate::queue_rpc::{node_clients, serve};
+use crate::support::{Cluster, Db, Install, OWNER, STRANGER, own_cluster, skip, supabase_server};
 
 /// The CLI and a project folder for it.
 struct Project {
@@ -168,11 +170,19 @@ fn plain(cluster: &Arc<Cluster>) -> Db {
 }
 
 fn dress_as_supabase(cluster: &Arc<Cluster>) -> Db {
-    let db = cluster.empty_database(Install::Plain);
+    dress(cluster.empty_database(Install::Plain))
+}
+
+fn dress(db: Db) -> Db {
     let mut superuser = db.superuser();
     superuser.exec(&format!("set shim.host to '{OWNER}'"));
     superuser.exec(include_str!("supabase-shim.sql"));
     db
+}
+
+/// A Supabase project's database, without nightowls.
+pub fn dressed(install: Install) -> Db {
+    dress(supabase_server().empty_database(install))
 }
 
 #[test]
@@ -371,4 +381,83 @@ fn on_supabase_the_service_role_appends_and_anon_gets_nothing() {
             assert_eq!(refusal.code, "42501", "{refused}");
         }
     });
+}
+
+/// The blocks of docs/supabase.md: language and text, in their order.
+fn blocks() -> Vec<(&'static str, &'static str)> {
+    include_str!("../docs/supabase.md")
+        .split("```")
+        .skip(1)
+        .step_by(2)
+        .filter_map(|block| block.split_once('\n'))
+        .collect()
+}
+
+/// The programs of docs/supabase.md, by name.
+pub fn programs() -> impl Iterator<Item = (&'static str, &'static str)> {
+    blocks()
+        .into_iter()
+        .filter(|(language, _)| *language == "ts")
+        .map(|(_, text)| (named(text).expect("a program has a name"), text))
+}
+
+/// The name in the first line of a block, `// name` or `-- name`.
+fn named(text: &'static str) -> Option<&'static str> {
+    let first = text.lines().next()?;
+    first.strip_prefix("// ").or(first.strip_prefix("-- "))
+}
+
+#[test]
+fn an_empty_project_becomes_a_running_swarm_as_the_page_says() {
+    let (Some(project), Some(node)) = (Project::empty(), node_clients()) else {
+        return;
+    };
+    let db = dressed(Install::Plain);
+    let mut owner = db.owner();
+    let ann = "00000000-0000-4000-8000-0000000000aa";
+    db.superuser().exec(&format!(
+        "insert into auth.users (id, email) values ('{ann}', 'ann@example.com'); grant select on auth.users to {OWNER}"
+    ));
+    let mut promised = "";
+    for (language, text) in blocks() {
+        match (language, named(text)) {
+            ("console", _) => {
+                for line in text.lines() {
+                    match line.strip_prefix("$ ") {
+                        Some("owl install supabase/migrations") => {
+                            owl_install(&project.migrations(), &[]);
+                        }
+                        Some("supabase db push --remote") => {
+                            project
+                                .remote(&db, OWNER, &["db", "push", "--yes"])
+                                .unwrap();
+                        }
+                        _ => panic!("the page has another command: {line}"),
+                    }
+                }
+            }
+            ("sql", Some(name)) => project.folder.write(name, text),
+            ("sql", None) => owner.exec(text),
+            ("ts", Some(name)) => write(&node.folder, name, text),
+            ("text", _) => promised = text,
+            other => panic!("a block of the page is not run: {other:?}"),
+        }
+    }
+    let worker = "service_role=swarm/worker.ts";
+    let read = format!("authenticated:{ann}=swarm/read.ts");
+    let said = serve(
+        node,
+        &db,
+        &[
+            &format!("service_role:{ann}=swarm/ask.ts"),
+            worker,
+            &read,
+            "service_role=swarm/approve.ts",
+            worker,
+            &read,
+        ],
+    );
+    assert_eq!(said, promised);
+    let left = owner.value("select count(*) from nightowls.queue_messages");
+    assert_eq!(left.as_deref(), Some("0"));
 }

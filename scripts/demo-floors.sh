@@ -12,6 +12,7 @@ start_instance() { # <name>
   # The lock of the demo is not for it.
   "$psql" -XqAt -d "$database" -v VERBOSITY=sqlstate -v "name=$1" -v "container=$container" <"$pipe" >"$home/$1.log" 2>&1 8>&- &
   instance_pid[$1]=$!
+  disown # else the shell has a word to say when it is killed
   exec {fd}>"$pipe"
   instance_pipe[$1]=$fd
 }

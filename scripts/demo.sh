@@ -9,6 +9,7 @@
 source "$(dirname "$0")/common.sh"
 source "$(dirname "$0")/demo-server.sh"
 source "$(dirname "$0")/demo-floors.sh"
+source "$(dirname "$0")/demo-swarm.sh"
 
 started=$SECONDS
 proofs=${PROOFS:-3}
@@ -228,10 +229,12 @@ prove() {
 
 # --- the tour ------------------------------------------------------------------------------------
 
-tour() {
+tour() { # <file of demo/> <options of psql…>
+  local file=$1
+  shift
   sql -v "bar=$bar" -P "linestyle=$lines" -P border=1 -P footer=off -P pager=off -P null=- \
-    -v "bold=$bold" -v "off=$off" -f "$root/demo/$1" 2>&1 |
-    sed -u -E -e '/^LOCATION: /d' -e 's/^psql:[^ ]+:[0-9]+: //' -e 's/^./  &/' || die "something above is not as it should be (demo/$1)"
+    -v "bold=$bold" -v "off=$off" "$@" -f "$root/demo/$file" 2>&1 |
+    sed -u -E -e '/^LOCATION: /d' -e 's/^psql:[^ ]+:[0-9]+: //' -e 's/^./  &/' || die "something above is not as it should be (demo/$file)"
 }
 
 say 'set-up (installs what is missing, builds)'
@@ -257,6 +260,7 @@ tour guarantees.sql
 tour long.sql
 tour queue.sql
 floors
+swarm
 
 title 'Go on'
 line "$("$command" --print "$database")"

@@ -51,6 +51,9 @@ check 'a long history is loaded, taken in by a consumer and compacted' grep -qE 
 check 'each letter of the queue is worked on' grep -q 'Each letter was worked on once more' "$log"
 check 'a killed and a stopped holder of a floor are replaced, and the late word of one is refused' \
   eval 'grep -q "bob speaks with its old fence: refused, NW003" "$log" && grep -q "back in line, and with a new fence" "$log"'
+check 'a run is suspended in one process and completed in another, and no agent publishes itself' \
+  eval 'grep -q "two .* completes the run: 12.50" "$log" && grep -q "tries to publish itself: refused, NW004" "$log"'
+check 'its timeline fits into 80 columns' eval '! sed -n "/^A swarm/,/^Go on/p" "$log" | grep -qE "^.{81}"'
 check 'a second run has nothing to do' says 'nothing new: the whole main line is in the log'
 check 'a state that is not what git says fails it' finds_a_wrong_state
 check 'nothing is left of it' eval 'clean && [ ! -e "$NIGHTOWLS_DEMO_HOME" ]'

@@ -7,9 +7,13 @@ create function nightowls._rpc_functions()
   parallel safe
   return array['pop_queue', 'ack_message',
                'send', 'send_batch', 'send_topic', 'once', 'read', 'read_with_poll', 'pop', 'ack', 'ack_many', 'nack', 'nack_many', 'extend', 'extend_many',
-               'append_event', 'append_events', 'append_many', 'read_aggregate', 'read_events', 'state',
+               'append_event', 'append_events', 'append_many', 'read_aggregate', 'read_events', 'recent_events', 'last_event', 'state',
                'fetch_events', 'commit_offset',
-               'request_floor', 'await_floor', 'heartbeat_floor', 'release_floor'];
+               'request_floor', 'await_floor', 'heartbeat_floor', 'release_floor', 'leave_floor',
+               'publish_agent_version', 'rollback_agent_version', 'list_agent_versions', 'get_agent',
+               'create_thread', 'start_run', 'set_run_status', 'save_run_snapshot', 'load_run_snapshot', 'list_run_events',
+               'append_message', 'list_messages', 'scratchpad_put', 'scratchpad_get', 'scratchpad_list', 'scratchpad_delete',
+               'create_followup', 'claim_followups', 'finish_followup', 'cancel_followup'];
 
 revoke all on function nightowls._rpc_functions() from public;
 
@@ -142,7 +146,7 @@ end;
 $$;
 
 comment on function nightowls.install_rpc(text) is
-  'Makes a wrapper of each main function (pop_queue, ack_message, send, read, append_event, request_floor and their like) in a schema that '
+  'Makes a wrapper of each main function (pop_queue, ack_message, send, read, append_event, request_floor, start_run, append_message and their like) in a schema that '
   'an API serves, so that supabase.rpc finds it without .schema(). One row for each: its name and what was done. A function of that name that '
   'is there already is left alone, whatever its arguments. Wrappers run with the caller''s rights; only services may call them. Again it '
   'makes what is missing or has changed, and gives the rights to roles that have become services since. target_schema: the schema. Owner only, as '

@@ -79,6 +79,20 @@ pub fn preloaded_server() -> Arc<Cluster> {
         .unwrap_or_else(|reason| panic!("{reason}"))
 }
 
+/// Another that all tests of this process share: its databases are dressed as Supabase
+/// projects, whose roles belong to the whole server.
+///
+/// # Panics
+///
+/// As [`server`].
+pub fn supabase_server() -> Arc<Cluster> {
+    static SERVER: OnceLock<Result<Arc<Cluster>, String>> = OnceLock::new();
+    SERVER
+        .get_or_init(|| Cluster::start_shared(&[]))
+        .clone()
+        .unwrap_or_else(|reason| panic!("{reason}"))
+}
+
 /// Runs `test` with a cluster that nobody shares, and removes it.
 pub fn own_cluster(test: impl FnOnce(&Arc<Cluster>)) {
     own_cluster_with(&[], test);

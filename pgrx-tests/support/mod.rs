@@ -22,6 +22,7 @@ use std::time::{Duration, Instant};
 
 pub use cluster::{
     Cluster, free_port, kill, own_cluster, own_cluster_with, preloaded_server, server,
+    supabase_server,
 };
 pub use database::Db;
 pub use session::{Refusal, Session};
