@@ -75,8 +75,14 @@ fn fill_swarm(db: &Db) {
            select nightowls.append_message('t', to_jsonb(i), message_id => 'm' || i) from generate_series(1, 50) i;
            select nightowls.scratchpad_put('s', k, '1') from unnest('{a,b}'::text[]) k; select nightowls.scratchpad_delete('s', 'a');
            select nightowls.create_followup('t', now() + interval '1 day', '"later"');
-           select nightowls.set_redaction_rules('{"keys": ["ssn"]}')"#,
+           select nightowls.set_redaction_rules('{"keys": ["ssn"]}');
+           insert into nightowls.mastra_threads (id, "resourceId", title, metadata, "createdAt", "updatedAt")
+             select 't' || i, 'r', 'it''s "\n', '{"n": 1.10}', '2024-01-01', '2024-01-02' from generate_series(1, 20) i;
+           insert into nightowls.mastra_workflow_snapshot (workflow_name, run_id, snapshot, "createdAt", "updatedAt") values ('w', 'r', '{"status": "suspended"}', now(), now());
+           insert into nightowls.mastra_ai_spans ("traceId", "spanId", name, "spanType", "isEvent", "startedAt", tags, "createdAt")
+             select 't', i, 'span', 'run', false, now(), '["a"]', now() from generate_series(1, 20) i"#,
     );
+    db.owner().exec("select nightowls.grant_mastra('owl_app')");
 }
 
 /// Consumers in every state: done in part, leased, with parked and replayed events;

@@ -34,6 +34,7 @@ const RELATIONS: &[(&str, &str)] = &[
         "_consumer_offsets",
         "byyy b--- ---- ---- ---- ---- ---- ----",
     ),
+    ("_mastra_roles", "byyy ---- ---- ---- ---- ---- ---- ----"),
     (
         "_projection_states",
         "bggg b--- ---- ---- ---- ---- ---- ----",
@@ -64,6 +65,157 @@ const RELATIONS: &[(&str, &str)] = &[
     ("followups", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("health", "*ggg *ggg -ggg -ggg -ggg -ggg -ggg ----"),
     ("imports", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_agent_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    ("mastra_agents", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    ("mastra_ai_spans", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_background_tasks",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_channel_config",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_channel_installations",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_dataset_items",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_dataset_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    ("mastra_datasets", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_experiment_results",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_experiments",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_favorites",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_knowledge_activity",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_knowledge_cursors",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_knowledge_mentions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_knowledge_nodes",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_knowledge_records",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_knowledge_semantic_outbox",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_mcp_client_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_mcp_clients",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_mcp_server_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_mcp_servers",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    ("mastra_messages", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_notifications",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_observational_memory",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_prompt_block_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_prompt_blocks",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_resources",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_schedule_triggers",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_schedules",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_scorer_definition_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_scorer_definitions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    ("mastra_scorers", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_skill_blobs",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_skill_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    ("mastra_skills", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_thread_state",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    ("mastra_threads", "byyy oyyy ---- ---- ---- ---- ---- ----"),
+    (
+        "mastra_tool_provider_connections",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_workflow_definitions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_workflow_snapshot",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_workspace_versions",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "mastra_workspaces",
+        "byyy oyyy ---- ---- ---- ---- ---- ----",
+    ),
     ("messages", "byyy b--- o--- o--- o--- f--- n--- ----"),
     ("my_messages", "nggg -ggg oggg oggg oggg fggg nggg ----"),
     ("my_run_events", "nggg -ggg oggg oggg oggg fggg nggg ----"),
@@ -105,6 +257,7 @@ const RELATIONS: &[(&str, &str)] = &[
     ("streams", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("threads", "byyy b--- o--- o--- o--- f--- n--- ----"),
     ("topic_bindings", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("vector_indexes", "byyy b--- ---- ---- ---- ---- ---- ----"),
 ];
 
 /// The columns that members may read, where it is not all of them or none.
@@ -199,6 +352,7 @@ fn fill(db: &Db) -> (String, String) {
                         when t.typname = 'bytea' then '''x'''
                         when t.typname in ('json', 'jsonb') then '''{{}}'''
                         when t.typname = 'char' then '''r'''
+                        when t.typcategory = 'S' and c.relname ~ '^mastra_' then '$1::text' -- Their keys are all orgs'.
                         when t.typcategory = 'S' then '''x'''
                         when t.typcategory = 'N' then '77'
                         when t.typcategory = 'B' then 'false'
@@ -572,7 +726,7 @@ fn no_table_that_services_are_fast_on_has_a_policy_for_members() {
             lines(
                 &mut db.superuser(),
                 "select c.relname, p.polname, p.polcmd from pg_policy p join pg_class c on c.oid = p.polrelid
-                  where c.relnamespace = 'nightowls'::regnamespace and p.polname <> 'service_all' order by 1"
+                  where c.relnamespace = 'nightowls'::regnamespace and p.polname not in ('service_all', 'own_org') order by 1"
             ),
             [
                 "messages member_read r",

@@ -8,16 +8,22 @@ use crate::support::{
 
 /// What only the owner may call, among what is public.
 const OWNERS: &[&str] = &[
+    "adopt_mastra",
     "adopt_pgmq",
     "create_enrichment",
     "create_stream_join",
     "create_table_join",
     "create_table_projection",
     "create_type_index",
+    "create_vector_index",
     "create_view_projection",
     "disable_cdc",
+    "disable_realtime",
     "drop_stream",
+    "drop_vector_index",
     "enable_cdc",
+    "enable_realtime",
+    "grant_mastra",
     "grant_member",
     "grant_monitor",
     "grant_service",
@@ -27,7 +33,9 @@ const OWNERS: &[&str] = &[
     "migration_files",
     "publish_changes",
     "publish_table",
+    "revoke_mastra",
     "schedule",
+    "trigger_set_timestamps",
     "unpublish_changes",
     "unschedule",
 ];
@@ -153,13 +161,24 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
             .collect();
         assert_eq!(owned.iter().collect::<Vec<_>>(), expected);
 
+        let mastras = lines(
+            &mut db.superuser(),
+            &format!(
+                "select distinct string_agg(lower(p), ' ' order by p)
+                   from pg_class c, unnest('{{SELECT,INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER}}'::text[]) p
+                  where c.relnamespace = 'nightowls'::regnamespace and c.relname ~ '^mastra_' and c.relkind = 'r'
+                    and has_table_privilege('{SERVICE}', c.oid, p)
+                  group by c.oid"
+            ),
+        );
+        assert_eq!(mastras, ["delete insert select update"]);
         let rights = lines(
             &mut db.superuser(),
             &format!(
                 "select c.relname, string_agg(lower(p), ' ' order by p)
                    from pg_class c, unnest('{{SELECT,INSERT,UPDATE,DELETE,TRUNCATE,REFERENCES,TRIGGER}}'::text[]) p
                   where c.relnamespace = 'nightowls'::regnamespace and c.relkind in ('r', 'v', 'm')
-                    and has_table_privilege('{SERVICE}', c.oid, p)
+                    and has_table_privilege('{SERVICE}', c.oid, p) and c.relname !~ '^mastra_'
                   group by 1 order by 1"
             ),
         );
@@ -220,6 +239,7 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "streams select",
                 "threads select",
                 "topic_bindings select",
+                "vector_indexes select",
             ]
         );
         let columns = lines(

@@ -58,6 +58,7 @@ fn what_members_may_call_is_private_or_asks_who_they_are() {
                 "_list_messages_redacted",
                 "_list_my_run_events",
                 "_manage_member",
+                "_may_receive",
                 "_member_orgs",
                 "_my_config_value",
                 "_my_message",

@@ -378,7 +378,7 @@ comment on column nightowls._append_targets.target is 'The org.';
 comment on column nightowls._append_targets.class is 'Its class of holds.';
 comment on column nightowls._append_targets.follows is
   'For each aggregate type that has any the kinds of its routes and of those for all types; with the name, if that is one reducer: '
-  '{"order": "reducer:orders", "cart": "handler,queue", "": "queue"}.';
+  '{"order": "reducer:orders", "cart": "handler,queue", "run": "broadcast,queue", "": "queue"}. broadcast, of runs, where Realtime is.';
 
 -- Keeps the rows of one org. Who changes what follows in an org takes turns with others who do, and looks when it is their turn.
 create function nightowls._keep_target(org uuid)
@@ -392,6 +392,8 @@ create function nightowls._keep_target(org uuid)
   set jit to off
 as $$
 #variable_conflict use_column
+declare
+  v_broadcast boolean := nightowls._wants_broadcast();
 begin
   insert into nightowls._append_targets (org_id, target)
   select o.org_id, o.org_id from nightowls.orgs o where o.org_id = _keep_target.org
@@ -402,9 +404,14 @@ begin
            select jsonb_object_agg(a.aggregate_type, (
                     select string_agg(distinct r.kind, ',')
                            || case when count(*) = 1 and min(r.kind) = 'reducer' then ':' || min(r.name) else '' end
-                      from nightowls.routes r
-                     where r.org_id = _keep_target.org and r.aggregate_type in ('', a.aggregate_type)))
-             from (select distinct r.aggregate_type from nightowls.routes r where r.org_id = _keep_target.org) a), '{}')
+                      from (select r.kind, r.name
+                              from nightowls.routes r
+                             where r.org_id = _keep_target.org and r.aggregate_type in ('', a.aggregate_type)
+                             union all
+                            select 'broadcast', '' where v_broadcast and a.aggregate_type = 'run') r))
+             from (select r.aggregate_type from nightowls.routes r where r.org_id = _keep_target.org
+                    union
+                   select 'run' where v_broadcast) a), '{}')
    where t.org_id in (_keep_target.org, '00000000-0000-0000-0000-000000000000') and t.target = _keep_target.org;
   delete from nightowls._append_targets t
    where t.org_id in (_keep_target.org, '00000000-0000-0000-0000-000000000000') and t.target = _keep_target.org
@@ -854,6 +861,9 @@ begin
   if v_kinds like '%reducer%' then
     perform nightowls._project(
       _after_append.org, _after_append.aggregate_types, _after_append.aggregate_ids, _after_append.versions);
+  end if;
+  if v_kinds like '%broadcast%' and _after_append.positions is not null then
+    perform nightowls._broadcast(_after_append.org, _after_append.positions);
   end if;
   if v_kinds like '%queue%' and cardinality(_after_append.positions) = 1 then
     perform nightowls._route_event(_after_append.org, _after_append.positions[1]);

@@ -384,6 +384,9 @@ begin
   if v_follows like '%reducer%' then
     perform nightowls._project(v_org, array[_append_one.aggregate_type], array[_append_one.aggregate_id], array[v_version]);
   end if;
+  if starts_with(v_follows, 'broadcast') then
+    perform nightowls._broadcast(v_org, array[v_position]);
+  end if;
   if v_follows like '%queue%' then
     perform nightowls._route_event(v_org, v_position);
   end if;
@@ -768,10 +771,11 @@ create function nightowls._append_list(
 as $$
 #variable_conflict use_column
 declare
-  v_org     uuid;
-  v_head    bigint;
-  v_follows text;
-  v_handle  text;
+  v_org       uuid;
+  v_head      bigint;
+  v_follows   text;
+  v_handle    text;
+  v_positions bigint[];
 begin
   select t.target, split_part(coalesce(t.follows ->> _append_list.aggregate_type, t.follows ->> ''), ':', 1),
          coalesce((
@@ -819,14 +823,20 @@ begin
   if v_follows like '%reducer%' then
     perform nightowls._project(v_org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null);
   end if;
-  if v_follows like '%queue%' then
-    perform nightowls._route_events(v_org, array[_append_list.aggregate_type], array(
+  if v_follows like '%queue%' or v_follows like '%broadcast%' then
+    v_positions := array(
       select e."position"
         from nightowls.events e
        where e.org_id = v_org
          and e.aggregate_type = _append_list.aggregate_type
          and e.aggregate_id = _append_list.aggregate_id
-         and e.version > v_head));
+         and e.version > v_head);
+    if v_follows like '%broadcast%' then
+      perform nightowls._broadcast(v_org, v_positions);
+    end if;
+    if v_follows like '%queue%' then
+      perform nightowls._route_events(v_org, array[_append_list.aggregate_type], v_positions);
+    end if;
   end if;
   v_handle := set_config('nightowls.handle', case when v_follows like '%handler%'
     then json_build_array(v_org, _append_list.aggregate_type, _append_list.aggregate_id, v_head)::text else '' end, true);

@@ -34,6 +34,11 @@ begin
   -- So that a direct write is told why it is refused.
   execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
   execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics, nightowls.clock_parts, nightowls._samples, nightowls.health to %I', grant_service.role);
+  execute format('grant select on nightowls.vector_indexes to %I', grant_service.role);
+  -- Of one org at a time: that of the call.
+  for v_view in select t.table_name from nightowls._mastra_tables() t loop
+    execute format('grant select, insert, update, delete on nightowls.%I to %I', v_view, grant_service.role);
+  end loop;
   for v_view in select s.view_name from nightowls.streams s where to_regclass(s.view_name) is not null loop
     execute format('grant select on %s to %I', v_view, grant_service.role);
   end loop;
@@ -67,6 +72,8 @@ create function nightowls._owner_functions()
   parallel safe
   return array['create_stream_join', 'create_enrichment', 'create_table_join', 'drop_stream', '_make_stream',
                'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
+               'grant_mastra', 'revoke_mastra', 'adopt_mastra', 'trigger_set_timestamps', 'create_vector_index', 'drop_vector_index',
+               'enable_realtime', 'disable_realtime', '_make_realtime_policies', '_rekeep_targets',
                'install_rpc', '_serve', 'install_pgmq', 'adopt_pgmq', '_take_pgmq', '_pgmq_last_id',
                'schedule', 'unschedule', 'grant_service', 'grant_member', 'grant_monitor', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];
@@ -83,7 +90,7 @@ create function nightowls._member_functions()
   return array['version', 'current_org', 'add_member', 'change_member', 'remove_member', 'append_message', 'list_messages',
                'list_run_events', 'get_config_value', '_my_config_value', '_post_message', '_list_messages_redacted',
                '_list_my_run_events', '_my_thread', '_my_run', '_my_message', '_my_run_events',
-               '_is_service', '_is_member', '_user_id', '_resolve_org', '_member_orgs', '_manage_member'];
+               '_is_service', '_is_member', '_user_id', '_resolve_org', '_member_orgs', '_manage_member', '_may_receive'];
 
 revoke all on function nightowls._member_functions() from public;
 
@@ -163,6 +170,9 @@ begin
   end if;
   if exists (select from pg_catalog.pg_roles r where r.rolname = 'authenticated') then
     perform nightowls.grant_member('authenticated');
+    if pg_catalog.to_regnamespace('realtime') is not null then
+      perform nightowls._make_realtime_policies('authenticated');
+    end if;
   end if;
 end;
 $$;
