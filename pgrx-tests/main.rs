@@ -15,6 +15,7 @@ mod compaction;
 mod config;
 mod consumers;
 mod dump;
+mod embeddings;
 mod erasure;
 mod errors;
 mod fixture;

@@ -36,6 +36,18 @@ const RELATIONS: &[(&str, &str)] = &[
     ),
     ("_mastra_roles", "byyy ---- ---- ---- ---- ---- ---- ----"),
     (
+        "_embedding_marks",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "_embedding_pending",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "_embedding_states",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
         "_projection_states",
         "bggg b--- ---- ---- ---- ---- ---- ----",
     ),
@@ -56,8 +68,20 @@ const RELATIONS: &[(&str, &str)] = &[
     ("compactions", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("consumer_lag", "nggg nggg -ggg -ggg -ggg -ggg -ggg ----"),
     ("consumers", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    (
+        "embedding_chunks",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "embedding_sources",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
     ("events", "bygg by-- ---- ---- ---- ---- ---- ----"),
     ("events_archive", "bggg b--- ---- ---- ---- ---- ---- ----"),
+    (
+        "failed_embeddings",
+        "nyyy n--- ---- ---- ---- ---- ---- ----",
+    ),
     ("floor_marks", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("floor_status", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
     ("floor_tickets", "byyy b--- ---- ---- ---- ---- ---- ----"),

@@ -24,6 +24,8 @@ begin
   execute format('grant select on nightowls.floors, nightowls.floor_tickets, nightowls.floor_marks, nightowls.floor_status to %I', grant_service.role);
   execute format('grant select on nightowls.consumers, nightowls._consumer_offsets, nightowls._consumer_failures, nightowls.consumer_lag, '
                  'nightowls.parked_events to %I', grant_service.role);
+  execute format('grant select on nightowls.embedding_sources, nightowls._embedding_states, nightowls._embedding_pending, nightowls._embedding_marks, '
+                 'nightowls.embedding_chunks, nightowls.failed_embeddings to %I', grant_service.role);
   execute format('grant select on nightowls.published_changes, nightowls.streams to %I', grant_service.role);
   execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
                  'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);
@@ -74,6 +76,8 @@ create function nightowls._owner_functions()
                'enable_cdc', 'disable_cdc', 'publish_changes', 'unpublish_changes', 'publish_table', '_append_change',
                'grant_mastra', 'revoke_mastra', 'adopt_mastra', 'trigger_set_timestamps', 'create_vector_index', 'drop_vector_index',
                'enable_realtime', 'disable_realtime', '_make_realtime_policies', '_rekeep_targets',
+               'create_embedding_source', 'alter_embedding_source', 'drop_embedding_source', '_fit_embedding_source', '_check_input',
+               '_make_embedding_triggers', '_drop_embedding_triggers', '_note_embedding', '_drop_embedding_chunks', '_run_as_owner',
                'install_rpc', '_serve', 'install_pgmq', 'adopt_pgmq', '_take_pgmq', '_pgmq_last_id',
                'schedule', 'unschedule', 'grant_service', 'grant_member', 'grant_monitor', '_owner_functions', '_member_functions', '_owner', 'create_type_index', 'create_table_projection', 'create_view_projection',
                'migration_files', '_await_appends', 'import_events', '_read_source', '_refuse_row', '_import_rows'];

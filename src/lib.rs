@@ -8,10 +8,12 @@
 //! | [`install`] | the ordered list of SQL files |
 //! | [`migration`] | that list as an extension script or as migrations |
 //! | [`fold`] | folding events into state |
+//! | [`embed`] | texts for embeddings, and a table owner's code |
 //! | [`http`] | the client that requests and embeddings go by |
 //! | [`redact`] | taking secrets out of JSON |
 //! | [`wait`] | sleeping until a transaction has committed |
 
+pub mod embed;
 #[cfg(feature = "extension")]
 mod error;
 pub mod fold;

@@ -99,3 +99,9 @@ select pg_catalog.pg_extension_config_dump('nightowls.mastra_workflow_snapshot',
 select pg_catalog.pg_extension_config_dump('nightowls.mastra_workspace_versions', '');
 select pg_catalog.pg_extension_config_dump('nightowls.mastra_workspaces', '');
 select pg_catalog.pg_extension_config_dump('nightowls.vector_indexes', '');
+select pg_catalog.pg_extension_config_dump('nightowls.embedding_sources', '');
+select pg_catalog.pg_extension_config_dump('nightowls._embedding_states', '');
+select pg_catalog.pg_extension_config_dump('nightowls._embedding_pending', '');
+select pg_catalog.pg_extension_config_dump('nightowls._embedding_pending_pending_id_seq', '');
+select pg_catalog.pg_extension_config_dump('nightowls._embedding_marks', '');
+select pg_catalog.pg_extension_config_dump('nightowls.embedding_chunks', '');
