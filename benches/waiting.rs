@@ -65,6 +65,7 @@ fn main() -> Fallible<()> {
         ("waiters", [waiters, poll_ms, seconds]) => {
             waiters_cost(&place, *waiters as usize, *poll_ms as i32, *seconds)
         }
+        ("crowd", [each, seconds]) => crowd(&place, *each as usize, *seconds),
         _ => Err(format!("no such measurement: {what} {rest:?}").into()),
     }
 }
@@ -367,50 +368,93 @@ fn waiters_cost(place: &Place, waiters: usize, poll_ms: i32, seconds: u64) -> Fa
         "select granted from nightowls.request_floor($1, 'holder', max_hold_ms => 3600000)",
         &[&container],
     )?;
-    thread::scope(|scope| -> Fallible<()> {
-        for number in 0..waiters {
-            let container = &container;
-            thread::Builder::new().stack_size(256 * 1024).spawn_scoped(scope, move || {
-                // It ends with its backend.
-                if let Ok(mut client) = place.connect() {
-                    let _ = client.batch_execute(&format!(
-                        "call nightowls.acquire_floor('{container}', 'w{number}', poll_ms => {poll_ms}, max_wait_ms => 3600000)"
-                    ));
-                }
-            })?;
+    let statement = |number: usize| {
+        format!(
+            "call nightowls.acquire_floor('{container}', 'w{number}', poll_ms => {poll_ms}, max_wait_ms => 3600000)"
+        )
+    };
+    let [cpu] = cost(place, &mut watcher, waiters, seconds, statement)?;
+    println!("cpu|{cpu:.2}");
+    Ok(())
+}
+
+/// The same of every way of waiting that a client has, by so many each.
+fn crowd(place: &Place, each: usize, seconds: u64) -> Fallible<()> {
+    let mut watcher = place.superuser.connect(NoTls)?;
+    let mut service = place.connect()?;
+    service.batch_execute(&format!(
+        r#"select nightowls.create_queue('crowded');
+           select nightowls.request_floor('crowd', 'holder', max_hold_ms => 3600000);
+           select nightowls.request_floor('crowd', 'w' || i, poll_ms => 60000), nightowls.create_consumer('crowd ' || i, '{{"event_types": ["never"]}}')
+             from generate_series(0, {}) i"#,
+        each - 1
+    ))?;
+    let statement = |number: usize| match number % 3 {
+        // The line is as long as the crowd: its tickets were drawn in this order, after the holder's.
+        0 => format!(
+            "select nightowls.await_floor('crowd', 'w{0}', (select ticket from nightowls.floor_tickets where container = 'crowd' and holder = 'w{0}'), 3600000)",
+            number / 3
+        ),
+        1 => "select nightowls.read_with_poll('crowded', max_wait => '1 hour')".to_owned(),
+        _ => format!(
+            "select nightowls.fetch_events('crowd {}', max_wait => '1 hour')",
+            number / 3
+        ),
+    };
+    let [floor, queue, events] = cost(place, &mut watcher, 3 * each, seconds, statement)?;
+    println!(
+        "floor|{floor:.2}\nqueue|{queue:.2}\nevents|{events:.2}\ncpu|{:.2}",
+        floor + queue + events
+    );
+    Ok(())
+}
+
+/// The processor time of so many backends that wait in these statements, in percent of a core: of each N-th.
+fn cost<const N: usize>(
+    place: &Place,
+    watcher: &mut Client,
+    waiters: usize,
+    seconds: u64,
+    statement: impl Fn(usize) -> String,
+) -> Fallible<[f64; N]> {
+    let mut clients = (0..waiters)
+        .map(|_| place.connect())
+        .collect::<Fallible<Vec<_>>>()?;
+    let mut pids: [Vec<i32>; N] = std::array::from_fn(|_| Vec::new());
+    for (number, client) in clients.iter_mut().enumerate() {
+        pids[number % N].push(client.query_one("select pg_backend_pid()", &[])?.get(0));
+    }
+    thread::scope(|scope| {
+        for (number, mut client) in clients.into_iter().enumerate() {
+            let sql = statement(number);
+            // It ends with its backend.
+            let wait = move || client.batch_execute(&sql);
+            thread::Builder::new()
+                .stack_size(256 * 1024)
+                .spawn_scoped(scope, wait)?;
         }
         let asleep = "select count(*) from pg_stat_activity where datname = current_database() and wait_event_type in ('Extension', 'Timeout')";
         let patience = Instant::now();
-        while watcher.query_one(asleep, &[])?.get::<_, i64>(0) < waiters as i64 {
-            if patience.elapsed() > Duration::from_secs(60) {
-                return Err("they do not lie down".into());
+        let mut measured = Err("they do not lie down".into());
+        while patience.elapsed() < Duration::from_secs(60) {
+            if watcher.query_one(asleep, &[])?.get::<_, i64>(0) >= waiters as i64 {
+                thread::sleep(Duration::from_secs(6));
+                let before = pids.each_ref().map(|pids| ticks(pids));
+                let start = Instant::now();
+                thread::sleep(Duration::from_secs(seconds));
+                let after = pids.each_ref().map(|pids| ticks(pids));
+                measured = Ok(std::array::from_fn(|way| {
+                    after[way].saturating_sub(before[way]) as f64 / start.elapsed().as_secs_f64()
+                }));
+                break;
             }
             thread::sleep(Duration::from_millis(100));
         }
-        thread::sleep(Duration::from_secs(6));
-        let pids = backends(&mut watcher)?;
-        let before = ticks(&pids);
-        let start = Instant::now();
-        thread::sleep(Duration::from_secs(seconds));
-        let spent = ticks(&pids).saturating_sub(before);
-        println!("cpu|{:.2}", spent as f64 / start.elapsed().as_secs_f64());
         watcher.batch_execute(
             "select pg_terminate_backend(pid) from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid()",
         )?;
-        Ok(())
+        measured
     })
-}
-
-/// The other backends of this database.
-fn backends(watcher: &mut Client) -> Fallible<Vec<i32>> {
-    Ok(watcher
-        .query(
-            "select pid from pg_stat_activity where datname = current_database() and pid <> pg_backend_pid() and backend_type = 'client backend'",
-            &[],
-        )?
-        .iter()
-        .map(|row| row.get(0))
-        .collect())
 }
 
 /// The processor time that they have had: ticks of 10 ms, so that ticks a second are percents of a core.

@@ -7,8 +7,8 @@ use std::time::Duration;
 use crate::fixture::{Random, default_org, is_blocked, lines, new_org, together};
 use crate::projections::{buffers, text};
 use crate::support::{
-    Cluster, Db, Install, Refusal, SERVICE, SUPERUSER, Session, on_each_install, on_each_route,
-    own_cluster, quote, wait_until,
+    Cluster, Db, Install, Refusal, SERVICE, SUPERUSER, Session, full, on_each_install,
+    on_each_route, own_cluster, quote, wait_until,
 };
 
 /// Appends `count` events to each aggregate of `ids`, in turns.
@@ -1013,11 +1013,7 @@ fn busy_member(watcher: &mut Session, random: &mut Random) -> Option<String> {
 
 /// With `NIGHTOWLS_FULL` as many as the promise speaks of.
 fn blows(default: u64) -> u64 {
-    if std::env::var_os("NIGHTOWLS_FULL").is_some() {
-        200
-    } else {
-        default
-    }
+    if full() { 200 } else { default }
 }
 
 #[test]

@@ -10,8 +10,8 @@ use postgres::{Client, NoTls, SimpleQueryMessage};
 
 use crate::fixture::{Random, default_org, is_blocked, lines, new_org, org_apart_from};
 use crate::support::{
-    Cluster, Db, Install, SERVICE, SUPERUSER, Session, free_port, on_each_install, on_each_route,
-    own_cluster, wait_until,
+    Cluster, Db, Install, SERVICE, SUPERUSER, Session, free_port, full, on_each_install,
+    on_each_route, own_cluster, wait_until,
 };
 
 /// The types of the events after `after`, as one call of `read_events` gives them.
@@ -489,21 +489,32 @@ fn settle(db: &Db) {
     );
 }
 
+/// How long a stress goes on.
+fn seconds() -> f32 {
+    if full() { 10.0 } else { 2.0 }
+}
+
 #[test]
 fn a_reader_misses_nothing_of_eight_writers_that_call_the_functions() {
-    on_each_route(|db| stress(db, Way::Functions, Blow::Terminate, 4.0, 1));
+    on_each_route(|db| stress(db, Way::Functions, Blow::Terminate, seconds(), 1));
 }
 
 #[test]
 fn a_reader_misses_nothing_of_eight_writers_that_insert() {
-    on_each_install(|db| stress(db, Way::Inserts, Blow::Terminate, 4.0, 2));
+    on_each_install(|db| stress(db, Way::Inserts, Blow::Terminate, seconds(), 2));
 }
 
 #[test]
 fn a_reader_misses_nothing_while_backends_are_killed_and_the_server_recovers() {
     own_cluster(|cluster| {
         for install in Install::ALL {
-            stress(&cluster.database(install), Way::Both, Blow::Kill, 5.0, 3);
+            stress(
+                &cluster.database(install),
+                Way::Both,
+                Blow::Kill,
+                1.0 + seconds(),
+                3,
+            );
         }
     });
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use crate::fixture::{Random, is_blocked, lines};
 use crate::projections::text;
 use crate::queue::{Claim, bodies, jobs, read, settle};
-use crate::support::{on_each_install, wait_until};
+use crate::support::{full, on_each_install, wait_until};
 
 fn grouped(message: &str, group: &str) -> String {
     format!("select nightowls.send('jobs', '{message}', group_key => '{group}')")
@@ -256,16 +256,11 @@ fn many_groups_in_one_transaction_take_few_locks() {
     });
 }
 
-/// 10,000 messages with NIGHTOWLS_STRESS_SECONDS or NIGHTOWLS_FULL set, else 2,000.
+/// 10,000 messages with NIGHTOWLS_FULL set, else 1,200.
 #[test]
 fn whatever_the_delays_each_group_is_worked_off_in_the_order_of_its_commits() {
     const GROUPS: u64 = 100;
-    let long = |name| std::env::var_os(name).is_some();
-    let per_sender = if long("NIGHTOWLS_STRESS_SECONDS") || long("NIGHTOWLS_FULL") {
-        2500
-    } else {
-        500
-    };
+    let per_sender = if full() { 2500 } else { 300 };
     on_each_install(|db| {
         let mut service = jobs(db);
         service.exec("select nightowls.alter_queue('jobs', backoff => '1 millisecond')");

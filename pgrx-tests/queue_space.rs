@@ -4,24 +4,16 @@ use std::time::Duration;
 
 use crate::fixture::{default_org, lines};
 use crate::projections::text;
-use crate::support::{Db, Install, Session, own_cluster_with, wait_until};
+use crate::support::{Db, Install, Session, full, own_cluster_with, wait_until};
 
 /// How many messages go through the queue in one phase: with NIGHTOWLS_FULL set a million in all.
 fn phase_size() -> u32 {
-    if std::env::var_os("NIGHTOWLS_FULL").is_some() {
-        100_000
-    } else {
-        20_000
-    }
+    if full() { 100_000 } else { 20_000 }
 }
 
 /// How many phases come after the one that was held.
 fn phases() -> u32 {
-    if std::env::var_os("NIGHTOWLS_FULL").is_some() {
-        9
-    } else {
-        4
-    }
+    if full() { 9 } else { 4 }
 }
 
 /// Sends, reads and acks so many, 500 at a time.

@@ -5,15 +5,17 @@ use std::time::{Duration, Instant};
 
 use crate::fixture::{Random, default_org, lines};
 use crate::projections::text;
-use crate::support::{Db, Install, Refusal, SERVICE, Session, own_cluster};
+use crate::support::{Db, Install, Refusal, SERVICE, Session, full, own_cluster};
 
 /// How many messages: all of them with NIGHTOWLS_FULL set.
 fn messages() -> u64 {
-    if std::env::var_os("NIGHTOWLS_FULL").is_some() {
-        200_000
-    } else {
-        4_000
-    }
+    if full() { 200_000 } else { 1_600 }
+}
+
+/// The end of a log.
+fn tail(log: &str) -> &str {
+    let start = log.len().saturating_sub(3000);
+    &log[log.ceil_char_boundary(start)..]
 }
 
 /// A connection that is made anew when it was lost.
@@ -25,17 +27,25 @@ struct Client<'a> {
 
 impl Client<'_> {
     fn session(&mut self) -> &mut Session {
+        let deadline = Instant::now() + Duration::from_secs(60);
         while self.session.is_none() {
             // The server may be down just now.
-            self.session = Session::connect(self.db.cluster().port(), self.db.name(), SERVICE).ok();
-            match self.session.as_mut() {
-                Some(open) => {
+            match Session::connect(self.db.cluster().port(), self.db.name(), SERVICE) {
+                Ok(mut open) => {
                     let named = open.try_exec(&format!("set application_name = '{}'", self.name));
-                    if named.is_err() {
-                        self.session = None;
+                    if named.is_ok() {
+                        self.session = Some(open);
                     }
                 }
-                None => std::thread::sleep(Duration::from_millis(20)),
+                Err(refusal) => {
+                    assert!(
+                        Instant::now() < deadline,
+                        "{}: no server: {refusal}\n{}",
+                        self.name,
+                        tail(&self.db.cluster().log())
+                    );
+                    std::thread::sleep(Duration::from_millis(20));
+                }
             }
         }
         self.session.as_mut().expect("just made")

@@ -14,7 +14,7 @@ use std::time::Duration;
 use nightowls::migration;
 
 use super::database::Db;
-use super::session::{Refusal, Session};
+use super::session::{Refusal, Session, patience};
 use super::{APP, Install, MEMBER, OWNER, SERVICE, STRANGER, SUPERUSER, pooler, wait_until};
 
 /// Where a text stays a text: an unusual time zone and date style bring to
@@ -181,7 +181,13 @@ impl Cluster {
         succeeded("initdb", initdb.output())?;
 
         let mut text = format!("unix_socket_directories = '{}'\n", self.folder.display());
-        for (name, value) in SETTINGS.iter().chain(settings) {
+        // What waits for longer hangs.
+        let patience = format!("{}s", patience().as_secs());
+        for (name, value) in SETTINGS
+            .iter()
+            .chain(&[("statement_timeout", patience.as_str())])
+            .chain(settings)
+        {
             text += &format!("{name} = '{value}'\n");
         }
         let path = self.data().join("postgresql.auto.conf");

@@ -25,7 +25,7 @@ pub use cluster::{
     supabase_server,
 };
 pub use database::Db;
-pub use session::{Refusal, Session};
+pub use session::{Refusal, Session, patience};
 
 /// The superuser, and the owner of the extension.
 pub const SUPERUSER: &str = "postgres";
@@ -39,6 +39,11 @@ pub const MEMBER: &str = "owl_member";
 pub const STRANGER: &str = "owl_stranger";
 /// An ordinary role that may create functions and tables in schema public.
 pub const APP: &str = "owl_app";
+
+/// Whether the stresses have the full sizes of what is promised; else a share that takes seconds.
+pub fn full() -> bool {
+    std::env::var_os("NIGHTOWLS_FULL").is_some()
+}
 
 /// How nightowls came into a database.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]

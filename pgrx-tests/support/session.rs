@@ -1,6 +1,7 @@
 //! One connection, and what the server refuses on it.
 
 use std::fmt;
+use std::time::{Duration, Instant};
 
 use postgres::{Client, Config, NoTls, SimpleQueryMessage};
 
@@ -66,9 +67,31 @@ impl From<postgres::Error> for Refusal {
     }
 }
 
+thread_local! {
+    /// Each test has a thread of its own, as has each that it starts.
+    static BEGUN: Instant = Instant::now();
+}
+
+/// How long one thread of a test may go on asking: what is not over by then hangs.
+pub fn patience() -> Duration {
+    Duration::from_secs(if super::full() { 3600 } else { 300 })
+}
+
+/// So that a loop which waits for what does not come ends.
+///
+/// # Panics
+///
+/// When the time is over.
+#[track_caller]
+fn be_in_time() {
+    let begun = BEGUN.with(Instant::elapsed);
+    assert!(begun < patience(), "this test has gone on for {begun:.0?}");
+}
+
 impl Session {
     /// A session of `role` on that port of 127.0.0.1; most tests ask their [`Db`] for one.
     pub fn connect(port: u16, database: &str, role: &str) -> Result<Self, Refusal> {
+        be_in_time();
         let client = Config::new()
             .host("127.0.0.1")
             .port(port)
@@ -97,6 +120,7 @@ impl Session {
 
     /// Runs `sql`, or says why the server would not.
     pub fn try_exec(&mut self, sql: &str) -> Result<(), Refusal> {
+        be_in_time();
         Ok(self.client.batch_execute(sql)?)
     }
 
@@ -125,6 +149,7 @@ impl Session {
 
     /// As [`Session::rows`], or why the server would not.
     pub fn try_rows(&mut self, sql: &str) -> Result<Vec<Vec<Option<String>>>, Refusal> {
+        be_in_time();
         let mut rows = Vec::new();
         for message in self.client.simple_query(sql)? {
             if let SimpleQueryMessage::Row(row) = message {

@@ -837,11 +837,11 @@ begin
     v_path := v_op ->> 'path';
     v_text := v_op ->> 'value';
     if v_state is null or v_name <> all (array['set', 'add', 'min', 'max']) or v_path like any (array['%.%', '%"%', '[%'])
-      or v_text like any (array['@%', '$', '%"%', '{%', '[%']) then
+      or v_text like any (array['@%', '$', '$.%.%', '%"%', '{%', '[%']) then
       v_list := null;
       exit;
     end if;
-    v_value := case when v_text like '$.%' then _fold_row.payload #> (string_to_array(v_text, '.'))[2:]
+    v_value := case when v_text like '$.%' then _fold_row.payload #> array[substr(v_text, 3)]
       else coalesce(v_op -> 'value', '1') end;
     continue when v_value is null;
     if v_name <> 'set' then
