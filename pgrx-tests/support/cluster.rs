@@ -104,12 +104,20 @@ pub fn own_cluster_with(settings: &[(&str, &str)], test: impl FnOnce(&Arc<Cluste
     test(&Arc::new(cluster));
 }
 
-/// A port that nobody listens on just now.
+/// A port that nobody listens on just now, below those that the system gives to who connects: one that asks again and again for a
+/// server which is down would get the server's own port some time, be connected to itself, wait for an answer, and keep the server
+/// from its port.
 pub fn free_port() -> u16 {
-    TcpListener::bind(("127.0.0.1", 0))
-        .and_then(|listener| listener.local_addr())
+    const PORTS: std::ops::Range<u16> = 15_000..32_000;
+    static NEXT: OnceLock<AtomicU32> = OnceLock::new();
+    let next = NEXT.get_or_init(|| AtomicU32::new(std::process::id().wrapping_mul(97)));
+    (0..1000)
+        .map(|_| {
+            let number = next.fetch_add(1, Ordering::Relaxed) % u32::from(PORTS.end - PORTS.start);
+            PORTS.start + number as u16
+        })
+        .find(|port| TcpListener::bind(("127.0.0.1", *port)).is_ok())
         .expect("some port on 127.0.0.1 is free")
-        .port()
 }
 
 impl Cluster {
