@@ -352,9 +352,8 @@ $$;
 revoke all on function nightowls._project(uuid, text[], text[], bigint[]) from public;
 
 -- The same for the usual case: one event, and one projection of the type, whose state is that of the event before it. False if it is
--- another one, or a snapshot is due: then it is _project()'s. The row that is replaced becomes the new one, which for who looks for the
--- newest is the same as if it were deleted and another one inserted. It waits for nobody: who appends to the aggregate has been waited for
--- by the event's own key, and _settle() and builds delete states of older versions and other generations only.
+-- another one, a snapshot is due, or somebody else has the row: then it is _project()'s. The row that is replaced becomes the new one, which
+-- for who looks for the newest is the same as if it were deleted and another one inserted.
 -- It runs in functions of the owner's that append: they have pinned the search_path, by whose mark _refuse_state_write() lets it pass.
 create function nightowls._project_one(
   org            uuid,
@@ -380,18 +379,23 @@ begin
     update nightowls._projection_states s
        set version = _project_one.version, "position" = _project_one.at, updated_at = clock_timestamp(),
            state = nightowls._fold_row(
-             p.reducer, s.state, _project_one.event_type, _project_one.aggregate_type, _project_one.aggregate_id,
+             p.reducer, o.state, _project_one.event_type, _project_one.aggregate_type, _project_one.aggregate_id,
              _project_one.version, _project_one.at, _project_one.event_id, _project_one.created_at, _project_one.payload,
              _project_one.metadata)
       from nightowls.projections p
+     cross join lateral (
+             select x.ctid as place, x.state
+               from nightowls._projection_states x
+              where x.org_id = p.org_id
+                and x.projection = p.name
+                and x.generation = p.generation
+                and x.aggregate_id = _project_one.aggregate_id
+                and x.version = _project_one.version - 1
+                for update skip locked) o
      where p.org_id = _project_one.org
        and p.name = _project_one.projection
        and (_project_one.version % p.snapshot_every = 0) is not true
-       and s.org_id = p.org_id
-       and s.projection = p.name
-       and s.generation = p.generation
-       and s.aggregate_id = _project_one.aggregate_id
-       and s.version = _project_one.version - 1;
+       and s.ctid = o.place;
   else
     insert into nightowls._projection_states (org_id, projection, generation, aggregate_id, version, "position", state)
     select p.org_id, p.name, p.generation, _project_one.aggregate_id, _project_one.version, _project_one.at,
