@@ -324,6 +324,41 @@ fn what_is_delayed_comes_when_it_is_due_and_not_before() {
 }
 
 #[test]
+fn a_read_for_no_time_gives_no_message_twice() {
+    on_each_install(|db| {
+        let mut service = jobs(db);
+        // More than become due at once, among those that are, also where priorities are.
+        for (ready, delayed, priority) in [(0, 250, 0), (20, 250, 0), (20, 250, 1)] {
+            service.exec(&format!(
+                "select nightowls.purge_queue('jobs'); \
+                 select nightowls.send('jobs', to_jsonb(i), priority => {priority}) from generate_series(1, {ready}) i; \
+                 select nightowls.send('jobs', to_jsonb(i), delay => 3600) from generate_series(1, {delayed}) i"
+            ));
+            db.superuser()
+                .exec("update nightowls.queue_messages set due_at = now() where state = 'd'");
+            for qty in [300, 5] {
+                assert_eq!(
+                    text(
+                        &mut service,
+                        &format!(
+                            "select count(*) > 0 and count(*) = count(distinct msg_id) from nightowls.read('jobs', 0, {qty})"
+                        )
+                    ),
+                    "t"
+                );
+            }
+            assert_eq!(
+                text(
+                    &mut service,
+                    "select count(distinct message) from nightowls.read('jobs', 60, 1000)"
+                ),
+                delayed.max(ready).to_string()
+            );
+        }
+    });
+}
+
+#[test]
 fn a_lease_that_runs_out_is_delivered_again_in_its_old_place() {
     on_each_install(|db| {
         let mut service = jobs(db);

@@ -13,9 +13,9 @@ fn messages() -> u64 {
 }
 
 /// The end of a log.
-fn tail(log: &str) -> &str {
-    let start = log.len().saturating_sub(3000);
-    &log[log.ceil_char_boundary(start)..]
+fn tail(log: &str) -> String {
+    let lines: Vec<_> = log.lines().collect();
+    lines[lines.len().saturating_sub(20)..].join("\n")
 }
 
 /// A connection that is made anew when it was lost.

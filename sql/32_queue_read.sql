@@ -292,7 +292,7 @@ begin
       returning m.msg_id, m.read_ct, m.enqueued_at, m.last_read_at, m.lease_until, m.message, m.headers, m.receipt;
     v_qty := v_qty - coalesce(cardinality(v_tids), 0);
     -- What is due joins the end of the line; where there is enough before it, now and then will do.
-    exit when v_qty = 0 and random() > 0.125;
+    exit when v_qty = 0 and random() > 0.125 or v_tids is not null and _read_slowly.lease <= interval '0';
     exit when not nightowls._promote(_read_slowly.org, _read_slowly.name) or v_qty = 0;
   end loop;
   if random() < 0.0625 then
@@ -378,7 +378,9 @@ begin
     end if;
 
     _read_more.qty := _read_more.qty - v_claim.found;
-    exit when v_claim.due is not true or not nightowls._promote(v_claim.org_id, _read_more.name) or _read_more.qty = 0;
+    -- What is leased for no time could be claimed once more by the next round.
+    exit when v_claim.due is not true or v_claim.found > 0 and v_claim.until <= v_now
+           or not nightowls._promote(v_claim.org_id, _read_more.name) or _read_more.qty = 0;
   end loop;
 
   if v_claim.first > coalesce(v_claim.mark, 0) + 32
