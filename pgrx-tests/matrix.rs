@@ -34,7 +34,6 @@ const RELATIONS: &[(&str, &str)] = &[
         "_consumer_offsets",
         "byyy b--- ---- ---- ---- ---- ---- ----",
     ),
-    ("_mastra_roles", "byyy ---- ---- ---- ---- ---- ---- ----"),
     (
         "_embedding_marks",
         "byyy b--- ---- ---- ---- ---- ---- ----",
@@ -47,6 +46,16 @@ const RELATIONS: &[(&str, &str)] = &[
         "_embedding_states",
         "byyy b--- ---- ---- ---- ---- ---- ----",
     ),
+    (
+        "_endpoint_secrets",
+        "byyy ---- ---- ---- ---- ---- ---- ----",
+    ),
+    (
+        "_endpoint_states",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    ("_mastra_roles", "byyy ---- ---- ---- ---- ---- ---- ----"),
+    ("_net_requests", "byyy ---- ---- ---- ---- ---- ---- ----"),
     (
         "_projection_states",
         "bggg b--- ---- ---- ---- ---- ---- ----",
@@ -68,6 +77,7 @@ const RELATIONS: &[(&str, &str)] = &[
     ("compactions", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("consumer_lag", "nggg nggg -ggg -ggg -ggg -ggg -ggg ----"),
     ("consumers", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("dispatch_status", "nggg nggg -ggg -ggg -ggg -ggg -ggg ----"),
     (
         "embedding_chunks",
         "byyy b--- ---- ---- ---- ---- ---- ----",
@@ -76,6 +86,7 @@ const RELATIONS: &[(&str, &str)] = &[
         "embedding_sources",
         "byyy b--- ---- ---- ---- ---- ---- ----",
     ),
+    ("endpoints", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("events", "bygg by-- ---- ---- ---- ---- ---- ----"),
     ("events_archive", "bggg b--- ---- ---- ---- ---- ---- ----"),
     (
@@ -268,6 +279,8 @@ const RELATIONS: &[(&str, &str)] = &[
     ("queue_metrics", "bggg bggg -ggg -ggg -ggg -ggg -ggg ----"),
     ("queues", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("redaction_rules", "byyy b--- ---- ---- ---- ---- ---- ----"),
+    ("requests", "nggg nggg -ggg -ggg -ggg -ggg -ggg ----"),
+    ("responses", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("routes", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("run_snapshots", "byyy b--- ---- ---- ---- ---- ---- ----"),
     ("runs", "byyy b--- o--- o--- o--- f--- n--- ----"),

@@ -441,7 +441,9 @@ create function nightowls._announce(org uuid, queue_id int, qty int)
 as $$
 #variable_conflict use_column
 begin
-  if _announce.qty > 0 and nightowls._wake('queue/' || _announce.queue_id, _announce.qty) then
+  -- Below zero are the queues of endpoints, from which senders read.
+  if _announce.qty > 0
+     and nightowls._wake(case when _announce.queue_id < 0 then 'dispatch' else 'queue/' || _announce.queue_id end, _announce.qty) then
     perform nightowls._notify_queue(q.org_id, q.name)
        from nightowls.queues q
       where q.org_id = _announce.org and q.queue_id = _announce.queue_id and q.notify;

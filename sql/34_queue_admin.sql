@@ -299,6 +299,11 @@ begin
             hint = 'Use read committed.';
   end if;
   if _purge_queue.dropped then
+    if v_queue.queue_id < 0 and exists (
+         select from nightowls.endpoints e where e.org_id = v_queue.org_id and e.endpoint_id = -v_queue.queue_id) then
+      raise exception 'queue "%" is that of an endpoint', v_queue.name
+        using errcode = 'dependent_objects_still_exist', hint = 'Drop the endpoint with nightowls.drop_endpoint().';
+    end if;
     select min(q.name) into v_user
       from nightowls.queues q
      where q.org_id = _purge_queue.org and q.dead_letter_queue = v_queue.name;
@@ -369,7 +374,7 @@ $$;
 comment on function nightowls.drop_queue(text, uuid) is
   'Drops a queue with its messages, its archive and its dedup keys; dead letters in another queue stay there. name: the queue; org: the tenant. '
   'A message that is being sent meanwhile is lost with it. Waits as purge_queue does. Raises NW007 if the queue does not exist, 2BP01 if it is '
-  'the dead letter queue of another, 25001 above read committed, NW010 if there is no org.';
+  'the dead letter queue of another or that of an endpoint, 25001 above read committed, NW010 if there is no org.';
 
 revoke all on function nightowls.drop_queue(text, uuid) from public;
 

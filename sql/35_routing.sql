@@ -150,7 +150,9 @@ begin
      order by q.queue_id
   loop
     select array_agg(m.message order by m."position") as messages,
-           array_agg(jsonb_build_object('nightowls_event', m."position") order by m."position") as headers,
+           array_agg(case when v_queue.queue_id < 0
+                          then jsonb_build_object('nightowls_event', m."position", 'webhook_id', gen_random_uuid())
+                          else jsonb_build_object('nightowls_event', m."position") end order by m."position") as headers,
            array_agg(m.group_key order by m."position") as groups
       into v_rows
       from (select e."position",
@@ -205,7 +207,9 @@ begin
     insert into nightowls.queue_messages (org_id, queue_id, state, msg_id, line_no, group_key, headers, message)
     select _route_event.org, n.queue_id, case when n.grouped then 'w' else 'r' end::"char", n.line_no, n.line_no,
            case when n.grouped then nightowls._event_group(n.aggregate_type, n.aggregate_id) end,
-           jsonb_build_object('nightowls_event', n."position"),
+           -- Below zero are the queues of endpoints: a request keeps its id, however often it is sent.
+           case when n.queue_id < 0 then jsonb_build_object('nightowls_event', n."position", 'webhook_id', gen_random_uuid())
+                else jsonb_build_object('nightowls_event', n."position") end,
            jsonb_build_object(
              'position', n."position", 'aggregate_type', n.aggregate_type, 'aggregate_id', n.aggregate_id, 'version', n.version,
              'event_type', n.event_type, 'payload', n.payload, 'metadata', n.metadata, 'event_id', n.event_id,
@@ -233,7 +237,7 @@ begin
                      order by q.queue_id
                     offset 0) m
              where nightowls._hold_line(_route_event.org, m.last)
-               and (m.grouped or nightowls._wake('queue/' || m.queue_id, 1) and (not m.notify or nightowls._notify_queue(m.org_id, m.name)))
+               and (m.grouped or nightowls._wake(case when m.queue_id < 0 then 'dispatch' else 'queue/' || m.queue_id end, 1) and (not m.notify or nightowls._notify_queue(m.org_id, m.name)))
             offset 0) n
     returning queue_id, group_key
   )
@@ -506,13 +510,15 @@ as $$
 begin
   update nightowls.queue_messages m
      set message = m.message || '{"event_type": "nightowls.erased", "payload": {}, "metadata": {}}',
-         headers = jsonb_build_object('nightowls_event', m.headers -> 'nightowls_event'), last_error = null
+         headers = jsonb_strip_nulls(jsonb_build_object(
+           'nightowls_event', m.headers -> 'nightowls_event', 'webhook_id', m.headers -> 'webhook_id')), last_error = null
    where m.org_id = _erase_messages.org and m.headers ? 'nightowls_event'
      and m.message ->> 'aggregate_type' = _erase_messages.aggregate_type and m.message ->> 'aggregate_id' = _erase_messages.aggregate_id
      and (m.message ->> 'event_type' <> 'nightowls.erased' or m.last_error is not null);
   update nightowls.queue_archive a
      set message = a.message || '{"event_type": "nightowls.erased", "payload": {}, "metadata": {}}',
-         headers = jsonb_build_object('nightowls_event', a.headers -> 'nightowls_event'), last_error = null
+         headers = jsonb_strip_nulls(jsonb_build_object(
+           'nightowls_event', a.headers -> 'nightowls_event', 'webhook_id', a.headers -> 'webhook_id')), last_error = null
    where a.org_id = _erase_messages.org and a.headers ? 'nightowls_event'
      and a.message ->> 'aggregate_type' = _erase_messages.aggregate_type and a.message ->> 'aggregate_id' = _erase_messages.aggregate_id
      and (a.message ->> 'event_type' <> 'nightowls.erased' or a.last_error is not null);

@@ -33,6 +33,7 @@ begin
                  'nightowls.queue_dedup, nightowls.queue_archive, nightowls.queue_bindings, nightowls.topic_bindings, nightowls.once_keys to %I', grant_service.role);
   execute format('grant select on nightowls.agents, nightowls.agent_versions, nightowls.audit_log, nightowls.threads, nightowls.runs, '
                  'nightowls.run_snapshots, nightowls.messages, nightowls.scratchpad, nightowls.scratchpad_marks, nightowls.followups, nightowls.redaction_rules, nightowls.app_config to %I', grant_service.role);
+  execute format('grant select on nightowls.endpoints, nightowls._endpoint_states, nightowls.responses, nightowls.requests, nightowls.dispatch_status to %I', grant_service.role);
   -- So that a direct write is told why it is refused.
   execute format('grant insert, update on nightowls.agents, nightowls.agent_versions to %I', grant_service.role);
   execute format('grant select on nightowls._queue_counts, nightowls.queue_metrics, nightowls.clock_parts, nightowls._samples, nightowls.health to %I', grant_service.role);

@@ -30,6 +30,14 @@ pub fn not_in_repertoire(message: impl Into<String>) -> ErrorReport {
     report(PgSqlErrorCode::ERRCODE_CHARACTER_NOT_IN_REPERTOIRE, message)
 }
 
+/// 55000: something must be put right first.
+pub fn not_ready(message: impl Into<String>) -> ErrorReport {
+    report(
+        PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+        message,
+    )
+}
+
 /// 54000: more than a limit allows.
 pub fn limit_exceeded(message: impl Into<String>) -> ErrorReport {
     report(PgSqlErrorCode::ERRCODE_PROGRAM_LIMIT_EXCEEDED, message)

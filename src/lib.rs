@@ -7,12 +7,15 @@
 //! | --- | --- |
 //! | [`install`] | the ordered list of SQL files |
 //! | [`migration`] | that list as an extension script or as migrations |
+//! | [`dispatch`] | sending what was leased from the outbox |
 //! | [`fold`] | folding events into state |
 //! | [`embed`] | texts for embeddings, and a table owner's code |
 //! | [`http`] | the client that requests and embeddings go by |
 //! | [`redact`] | taking secrets out of JSON |
 //! | [`wait`] | sleeping until a transaction has committed |
+//! | `worker` | the background worker: sends, and runs the clock |
 
+pub mod dispatch;
 pub mod embed;
 #[cfg(feature = "extension")]
 mod error;
@@ -22,6 +25,8 @@ pub mod install;
 pub mod migration;
 pub mod redact;
 pub mod wait;
+#[cfg(feature = "extension")]
+mod worker;
 
 #[cfg(feature = "extension")]
 pgrx::pg_module_magic!(name, version);
@@ -30,5 +35,7 @@ pgrx::pg_module_magic!(name, version);
 #[cfg(feature = "extension")]
 #[pgrx::pg_guard]
 pub extern "C-unwind" fn _PG_init() {
+    dispatch::settings::init();
     wait::init();
+    worker::init();
 }

@@ -93,6 +93,27 @@ pub fn supabase_server() -> Arc<Cluster> {
         .unwrap_or_else(|reason| panic!("{reason}"))
 }
 
+/// Settings of a server that has workers, and lets requests go to loopback.
+pub const WORKER: &[(&str, &str)] = &[
+    ("shared_preload_libraries", "nightowls"),
+    ("nightowls.allow_http", "on"),
+    ("nightowls.allow_private", "on"),
+    ("max_worker_processes", "64"),
+];
+
+/// Another that all tests of this process share: it has workers, see [`WORKER`].
+///
+/// # Panics
+///
+/// As [`server`].
+pub fn worker_server() -> Arc<Cluster> {
+    static SERVER: OnceLock<Result<Arc<Cluster>, String>> = OnceLock::new();
+    SERVER
+        .get_or_init(|| Cluster::start_shared(WORKER))
+        .clone()
+        .unwrap_or_else(|reason| panic!("{reason}"))
+}
+
 /// Runs `test` with a cluster that nobody shares, and removes it.
 pub fn own_cluster(test: impl FnOnce(&Arc<Cluster>)) {
     own_cluster_with(&[], test);
@@ -428,6 +449,15 @@ impl Cluster {
     /// Stops the server in an orderly way and starts it again.
     pub fn restart(&self) {
         self.stop("fast");
+        assert!(
+            self.try_start().expect("pg_ctl runs"),
+            "the server does not start again:\n{}",
+            self.log()
+        );
+    }
+
+    /// Starts the server that was stopped.
+    pub fn start_again(&self) {
         assert!(
             self.try_start().expect("pg_ctl runs"),
             "the server does not start again:\n{}",

@@ -11,6 +11,7 @@
 
 mod cluster;
 mod database;
+pub mod peer;
 mod pooler;
 mod session;
 
@@ -21,8 +22,8 @@ use std::panic::{AssertUnwindSafe, catch_unwind, resume_unwind};
 use std::time::{Duration, Instant};
 
 pub use cluster::{
-    Cluster, free_port, kill, own_cluster, own_cluster_with, preloaded_server, server,
-    supabase_server,
+    Cluster, WORKER, free_port, kill, own_cluster, own_cluster_with, preloaded_server, server,
+    supabase_server, worker_server,
 };
 pub use database::Db;
 pub use session::{Refusal, Session, patience};

@@ -253,6 +253,42 @@ impl Nap {
     }
 }
 
+/// How often a key was woken in this process's database, or 0 where nothing can wake.
+pub fn count_of(key: &str) -> u64 {
+    // SAFETY: written once, when the process connects.
+    let database = unsafe { pg_sys::MyDatabaseId.to_u32() };
+    board().map_or(0, |board| board.count(super::key(database, key.as_bytes())))
+}
+
+/// Sleeps until a key's count is no longer `seen`, until `bell` (a descriptor, or -1) can be read, until a signal comes, or
+/// for so long. For processes of ours, between two transactions; it may also return early.
+pub fn doze(key: &str, seen: u64, longest: Duration, bell: i32) {
+    let mut events = pg_sys::WL_LATCH_SET | pg_sys::WL_TIMEOUT | pg_sys::WL_EXIT_ON_PM_DEATH;
+    if bell >= 0 {
+        events |= pg_sys::WL_SOCKET_READABLE;
+    }
+    let event = wait_event();
+    // Rounded up: less than a millisecond is no reason to spin.
+    let longest = longest.as_micros().div_ceil(1_000) as i64;
+    let wait = || {
+        // SAFETY: a process may wait on its own latch; the descriptor is open.
+        unsafe {
+            pg_sys::WaitLatchOrSocket(pg_sys::MyLatch, events as i32, bell, longest, event);
+            pg_sys::ResetLatch(pg_sys::MyLatch);
+        }
+    };
+    let Some(board) = board() else {
+        return wait();
+    };
+    // SAFETY: as in count_of.
+    let key = super::key(unsafe { pg_sys::MyDatabaseId.to_u32() }, key.as_bytes());
+    let bed = Bed::lie_down(board, key);
+    if board.count(key) == seen {
+        wait();
+    }
+    bed.rise();
+}
+
 /// Sleeps until `done` or for so long. It can be interrupted, and ends with the
 /// postmaster.
 fn sleep(longest: Duration, done: impl Fn() -> bool) {

@@ -17,6 +17,8 @@ mod extern_layer;
 mod shared;
 
 #[cfg(feature = "extension")]
+pub use extern_layer::{count_of, doze};
+#[cfg(feature = "extension")]
 pub use shared::init;
 
 use std::time::Duration;
