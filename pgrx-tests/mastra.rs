@@ -598,3 +598,50 @@ fn an_erasure_takes_mastras_rows_of_the_subject_along() {
         );
     });
 }
+
+#[test]
+fn the_page_does_what_it_says() {
+    on_each_install(|db| {
+        default_org(db);
+        let owner = db.install().owner();
+        // Where a step of the page has brought us: the old schema has its new name.
+        db.superuser().exec(&format!(
+            "create schema nightowls_v1 authorization {owner};
+             create table nightowls_v1.mastra_resources (id text primary key, \"workingMemory\" text, \"createdAt\" timestamp not null, \"updatedAt\" timestamp not null);
+             insert into nightowls_v1.mastra_resources values ('r', '# Notes', now(), now());
+             alter table nightowls_v1.mastra_resources owner to {owner}"
+        ));
+        let role = Role {
+            name: format!("{}_acme", db.name()),
+            db: db.name().to_owned(),
+        };
+        let blocks: Vec<_> = include_str!("../docs/mastra.md")
+            .split("```sql\n")
+            .skip(1)
+            .filter_map(|rest| Some(rest.split_once("```")?.0.replace("acme_app", &role.name)))
+            .collect();
+        assert_eq!(blocks.len(), 4);
+        for block in &blocks {
+            if block.contains("create extension vector") && !db.cluster().offers("vector")
+                || block.contains("alter schema nightowls rename")
+            {
+                continue;
+            }
+            // Roles and pgvector are the superuser's to make; the rest is the owner's.
+            let (first, rest) = block.split_once(';').expect("a statement");
+            if first.contains("create role") || first.contains("create extension") {
+                db.superuser().exec(first);
+                db.owner().exec(rest);
+            } else {
+                db.owner().exec(block);
+            }
+        }
+        assert_eq!(
+            text(
+                &mut db.session(&role.name),
+                "select \"workingMemory\" from nightowls.mastra_resources"
+            ),
+            "# Notes"
+        );
+    });
+}

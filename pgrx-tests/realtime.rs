@@ -567,3 +567,32 @@ fn an_install_where_realtime_is_there_needs_no_more() {
         assert_eq!(sent(&db), ["run:r events t broadcast 1"], "{install}");
     }
 }
+
+#[test]
+fn the_page_does_what_it_says() {
+    on_each_install(|db| {
+        default_org(db);
+        add_realtime(db);
+        let page = include_str!("../docs/realtime.md");
+        let blocks: Vec<_> = page
+            .split("```sql\n")
+            .skip(1)
+            .filter_map(|rest| Some(rest.split_once("```")?.0))
+            .collect();
+        assert_eq!(blocks.len(), 1);
+        for block in blocks {
+            db.owner().exec(block);
+        }
+        db.service()
+            .exec("select nightowls.append_event('run', 'r', 'said')");
+        // The fields that the page lists are those of a message.
+        let fields = lines(
+            &mut db.superuser(),
+            "select k from realtime.messages, jsonb_object_keys(payload) k where k <> 'id' order by 1",
+        );
+        for field in fields.iter().map(|field| format!("`{field}`")) {
+            assert!(page.contains(&field), "{field}");
+        }
+        assert_eq!(fields.len(), 6, "{fields:?}");
+    });
+}

@@ -820,22 +820,24 @@ begin
   if current_setting('transaction_isolation') in ('repeatable read', 'serializable') then
     perform nightowls._refuse_older_snapshot(v_org);
   end if;
-  if v_follows like '%reducer%' then
-    perform nightowls._project(v_org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null);
-  end if;
-  if v_follows like '%queue%' or v_follows like '%broadcast%' then
-    v_positions := array(
-      select e."position"
-        from nightowls.events e
-       where e.org_id = v_org
-         and e.aggregate_type = _append_list.aggregate_type
-         and e.aggregate_id = _append_list.aggregate_id
-         and e.version > v_head);
-    if v_follows like '%broadcast%' then
-      perform nightowls._broadcast(v_org, v_positions);
+  if v_follows is not null then
+    if v_follows like '%reducer%' then
+      perform nightowls._project(v_org, array[_append_list.aggregate_type], array[_append_list.aggregate_id], null);
     end if;
-    if v_follows like '%queue%' then
-      perform nightowls._route_events(v_org, array[_append_list.aggregate_type], v_positions);
+    if v_follows like '%queue%' or v_follows like '%broadcast%' then
+      v_positions := array(
+        select e."position"
+          from nightowls.events e
+         where e.org_id = v_org
+           and e.aggregate_type = _append_list.aggregate_type
+           and e.aggregate_id = _append_list.aggregate_id
+           and e.version > v_head);
+      if v_follows like '%broadcast%' then
+        perform nightowls._broadcast(v_org, v_positions);
+      end if;
+      if v_follows like '%queue%' then
+        perform nightowls._route_events(v_org, array[_append_list.aggregate_type], v_positions);
+      end if;
     end if;
   end if;
   v_handle := set_config('nightowls.handle', case when v_follows like '%handler%'

@@ -92,6 +92,7 @@ create function nightowls._broadcast(org uuid, positions bigint[])
 as $$
 #variable_conflict use_column
 declare
+  v_send    oid := nightowls._realtime_send();
   v_before  text := current_setting('realtime.topic', true);
   v_max     int := 200000;
   v_text    text;
@@ -99,7 +100,7 @@ declare
   v_run     record;
   v_payload jsonb;
 begin
-  if nightowls._realtime_send() is null then
+  if v_send is null then
     return;
   end if;
   begin
@@ -134,7 +135,7 @@ begin
       if not v_payload ? 'events' or octet_length(v_payload::text) > v_max then
         v_payload := v_payload - 'events' || '{"truncated": true}';
       end if;
-      execute 'select realtime.send($1, $2, $3, true)'
+      execute format('select %s($1, $2, $3, true)', v_send::regproc)
         using v_payload, 'events', nightowls._run_topic(_broadcast.org, v_run.run_id);
     end loop;
     -- send() leaves its topic for the rest of the transaction, where policies would go by it.
