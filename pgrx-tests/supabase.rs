@@ -5,14 +5,14 @@ use std::ffi::OsString;
 use std::fs::{self, File};
 use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
-use std::sync::{Arc, OnceLock};
+use std::sync::OnceLock;
 
 use nightowls::migration::{VERSION, migrations};
 
 use crate::migration::{Folder, owl_install};
 use crate::orm::write;
 use crate::queue_rpc::{node_clients, serve};
-use crate::support::{Cluster, Db, Install, OWNER, STRANGER, own_cluster, skip, supabase_server};
+use crate::support::{Db, Install, OWNER, STRANGER, own_cluster, server, skip, supabase_server};
 
 /// The CLI and a project folder for it.
 struct Project {
@@ -155,22 +155,16 @@ pub fn settings(cli: &Path) -> [(&'static str, OsString); 3] {
 }
 
 /// Runs `test` with a project and an empty database on a plain server, then on
-/// one dressed as Supabase. Each server is its own, as roles belong to all of it.
+/// one dressed as Supabase.
 fn on_each_host(test: impl Fn(&Project, &Db)) {
-    for dress in [plain, dress_as_supabase] {
+    let plain = || server().empty_database(Install::Plain);
+    let hosts: [&dyn Fn() -> Db; 2] = [&plain, &|| dressed(Install::Plain)];
+    for host in hosts {
         let Some(project) = Project::new() else {
             return;
         };
-        own_cluster(|cluster| test(&project, &dress(cluster)));
+        test(&project, &host());
     }
-}
-
-fn plain(cluster: &Arc<Cluster>) -> Db {
-    cluster.empty_database(Install::Plain)
-}
-
-fn dress_as_supabase(cluster: &Arc<Cluster>) -> Db {
-    dress(cluster.empty_database(Install::Plain))
 }
 
 fn dress(db: Db) -> Db {
@@ -219,7 +213,10 @@ fn supabase_applies_the_migrations_once() {
 
 #[test]
 fn supabase_finds_no_error_in_what_the_migrations_make() {
-    on_each_host(|project, db| {
+    let look = |db: &Db| {
+        let Some(project) = Project::new() else {
+            return;
+        };
         let mut superuser = db.superuser();
         // The advisors look at what the API's roles may see.
         superuser.exec(
@@ -249,7 +246,10 @@ fn supabase_finds_no_error_in_what_the_migrations_make() {
             "error",
         ];
         project.remote(db, OWNER, &lint).unwrap();
-    });
+    };
+    // Roles belong to a whole server, and the plain one has others.
+    own_cluster(|cluster| look(&cluster.empty_database(Install::Plain)));
+    look(&dressed(Install::Plain));
 }
 
 #[test]
@@ -257,30 +257,28 @@ fn supabase_adds_what_a_later_owl_brings() {
     let Some(project) = Project::new() else {
         return;
     };
-    own_cluster(|cluster| {
-        let db = dress_as_supabase(cluster);
-        let push = ["db", "push", "--yes"];
-        let folder = project.migrations();
-        let last = last_name(&folder);
-        fs::remove_file(folder.join(&last)).expect("the file was there");
-        project.remote(&db, OWNER, &push).unwrap();
-        let before = project.versions();
+    let db = dressed(Install::Plain);
+    let push = ["db", "push", "--yes"];
+    let folder = project.migrations();
+    let last = last_name(&folder);
+    fs::remove_file(folder.join(&last)).expect("the file was there");
+    project.remote(&db, OWNER, &push).unwrap();
+    let before = project.versions();
 
-        // The host's own, later than now.
-        let host = "20991231235959_host.sql";
-        fs::write(folder.join(host), "create table public.host ();").expect("a new file");
-        project.remote(&db, OWNER, &push).unwrap();
+    // The host's own, later than now.
+    let host = "20991231235959_host.sql";
+    fs::write(folder.join(host), "create table public.host ();").expect("a new file");
+    project.remote(&db, OWNER, &push).unwrap();
 
-        owl_install(&folder, &[]);
-        let added = last_name(&folder);
-        let said = project.remote(&db, OWNER, &push).unwrap();
-        assert!(said.contains(&added), "{said}");
-        for version in before {
-            assert!(!said.contains(&version), "{said}");
-        }
-        let again = project.remote(&db, OWNER, &push).unwrap();
-        assert!(again.contains("up to date"), "{again}");
-    });
+    owl_install(&folder, &[]);
+    let added = last_name(&folder);
+    let said = project.remote(&db, OWNER, &push).unwrap();
+    assert!(said.contains(&added), "{said}");
+    for version in before {
+        assert!(!said.contains(&version), "{said}");
+    }
+    let again = project.remote(&db, OWNER, &push).unwrap();
+    assert!(again.contains("up to date"), "{again}");
 }
 
 fn last_name(folder: &Path) -> String {
@@ -296,31 +294,29 @@ fn supabase_takes_numbers_of_a_service_range_with_include_all() {
     let Some(project) = Project::empty() else {
         return;
     };
-    own_cluster(|cluster| {
-        let db = dress_as_supabase(cluster);
-        let folder = project.migrations();
-        fs::create_dir_all(&folder).expect("a new folder");
-        fs::write(
-            folder.join("20260101000000_host.sql"),
-            "create table public.host ();",
-        )
-        .expect("a new file");
-        project
-            .remote(&db, OWNER, &["db", "push", "--yes"])
-            .unwrap();
+    let db = dressed(Install::Plain);
+    let folder = project.migrations();
+    fs::create_dir_all(&folder).expect("a new folder");
+    fs::write(
+        folder.join("20260101000000_host.sql"),
+        "create table public.host ();",
+    )
+    .expect("a new file");
+    project
+        .remote(&db, OWNER, &["db", "push", "--yes"])
+        .unwrap();
 
-        let said = owl_install(&folder, &["--service-range", "00300-00399"]);
-        assert!(said.contains("db push --include-all"), "{said}");
-        let refused = project
-            .remote(&db, OWNER, &["db", "push", "--yes"])
-            .unwrap_failure();
-        assert!(refused.contains("--include-all"), "{refused}");
-        project
-            .remote(&db, OWNER, &["db", "push", "--yes", "--include-all"])
-            .unwrap();
-        let installed = db.owner().value("select nightowls.version()");
-        assert_eq!(installed.as_deref(), Some(VERSION));
-    });
+    let said = owl_install(&folder, &["--service-range", "00300-00399"]);
+    assert!(said.contains("db push --include-all"), "{said}");
+    let refused = project
+        .remote(&db, OWNER, &["db", "push", "--yes"])
+        .unwrap_failure();
+    assert!(refused.contains("--include-all"), "{refused}");
+    project
+        .remote(&db, OWNER, &["db", "push", "--yes", "--include-all"])
+        .unwrap();
+    let installed = db.owner().value("select nightowls.version()");
+    assert_eq!(installed.as_deref(), Some(VERSION));
 }
 
 #[test]
@@ -346,41 +342,39 @@ fn supabase_leaves_nothing_behind_where_the_first_file_refuses() {
 #[test]
 fn on_supabase_the_service_role_appends_and_anon_gets_nothing() {
     // No CLI is needed here: the dressed server alone.
-    own_cluster(|cluster| {
-        let db = dress_as_supabase(cluster);
-        let mut owner = db.owner();
-        for file in migrations(VERSION) {
-            owner.exec(&file.sql);
-        }
+    let db = dressed(Install::Plain);
+    let mut owner = db.owner();
+    for file in migrations(VERSION) {
+        owner.exec(&file.sql);
+    }
 
-        // As PostgREST does it: the role and the claims for one transaction.
-        let mut api = db.session("authenticator");
-        let mut request = |role: &str, sql: &str| {
-            let claims = format!(r#"{{"role": "{role}", "org_id": "org_acme"}}"#);
-            api.exec(&format!(
-                "begin; set local role {role}; set local request.jwt.claims to '{claims}'"
-            ));
-            let answer = api.try_value(sql);
-            api.exec(if answer.is_ok() { "commit" } else { "rollback" });
-            answer
-        };
+    // As PostgREST does it: the role and the claims for one transaction.
+    let mut api = db.session("authenticator");
+    let mut request = |role: &str, sql: &str| {
+        let claims = format!(r#"{{"role": "{role}", "org_id": "org_acme"}}"#);
+        api.exec(&format!(
+            "begin; set local role {role}; set local request.jwt.claims to '{claims}'"
+        ));
+        let answer = api.try_value(sql);
+        api.exec(if answer.is_ok() { "commit" } else { "rollback" });
+        answer
+    };
 
-        let org = request(
-            "service_role",
-            "select nightowls.create_org('acme', 'org_acme')",
-        )
-        .expect("the service makes an org");
-        let append = r#"select version from nightowls.append_event('order', 'o1', 'order_paid', '{"amount": 12.50}')"#;
-        let version = request("service_role", append).expect("the service appends");
-        assert_eq!(version.as_deref(), Some("1"));
-        let read = "select org_id from nightowls.read_events()";
-        assert_eq!(request("service_role", read), Ok(org));
+    let org = request(
+        "service_role",
+        "select nightowls.create_org('acme', 'org_acme')",
+    )
+    .expect("the service makes an org");
+    let append = r#"select version from nightowls.append_event('order', 'o1', 'order_paid', '{"amount": 12.50}')"#;
+    let version = request("service_role", append).expect("the service appends");
+    assert_eq!(version.as_deref(), Some("1"));
+    let read = "select org_id from nightowls.read_events()";
+    assert_eq!(request("service_role", read), Ok(org));
 
-        for refused in [append, read, "select org_id from nightowls.events"] {
-            let refusal = request("anon", refused).expect_err("anon has no rights");
-            assert_eq!(refusal.code, "42501", "{refused}");
-        }
-    });
+    for refused in [append, read, "select org_id from nightowls.events"] {
+        let refusal = request("anon", refused).expect_err("anon has no rights");
+        assert_eq!(refusal.code, "42501", "{refused}");
+    }
 }
 
 /// The blocks of docs/supabase.md: language and text, in their order.

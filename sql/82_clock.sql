@@ -474,7 +474,7 @@ begin
       using errcode = 'object_not_in_prerequisite_state', hint = 'create extension pg_cron; then call nightowls.schedule() again.';
   end if;
 
-  execute 'select cron.schedule($1, $2, $3)' into v_job using 'nightowls', v_when, v_command;
+  execute format('select %s.schedule($1, $2, $3)', to_regnamespace('cron')) into v_job using 'nightowls', v_when, v_command;
   insert into nightowls.settings (name, value) values ('clock_every', to_jsonb(extract(epoch from schedule.every)::int))
   on conflict (name) do update set value = excluded.value;
   return v_job;
@@ -502,11 +502,11 @@ declare
   v_job  bigint;
 begin
   if exists (select from pg_extension e where e.extname = 'pg_cron') then
-    execute 'select coalesce(array_agg(j.jobid), ''{}'') from cron.job j where j.jobname = $1 and j.database = current_database()'
+    execute format('select coalesce(array_agg(j.jobid), ''{}'') from %s j where j.jobname = $1 and j.database = current_database()', to_regclass('cron.job'))
        into v_jobs using 'nightowls';
   end if;
   foreach v_job in array v_jobs loop
-    execute 'select cron.unschedule($1)' using v_job;
+    execute format('select %s.unschedule($1)', to_regnamespace('cron')) using v_job;
   end loop;
   delete from nightowls.settings s where s.name = 'clock_every';
   return v_jobs <> '{}';
