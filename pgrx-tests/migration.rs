@@ -698,3 +698,55 @@ fn an_events_table_and_a_pgmq_move_over_as_the_page_says() {
         );
     });
 }
+
+#[test]
+fn an_embedding_backfill_moves_over_as_the_page_says() {
+    let blocks = moving("From an embedding backfill with claim and save");
+    let [source, tidy] = blocks.as_slice() else {
+        panic!("{} blocks", blocks.len());
+    };
+    on_each_install(|db| {
+        default_org(db);
+        let mut owner = db.owner();
+        owner.exec(
+            "create table public.docs (id bigint primary key, body text, embedding real[], claimed_by text, claimed_at timestamptz);
+             create function public.claim_docs(n int) returns setof public.docs language sql as $$
+               update public.docs set claimed_by = 'me', claimed_at = now()
+                where id in (select id from public.docs where embedding is null and claimed_by is null limit n for update skip locked)
+               returning * $$;
+             create function public.save_doc(doc bigint, vector real[]) returns void language sql as $$
+               update public.docs set embedding = vector, claimed_by = null where id = doc $$;
+             insert into public.docs values (1, 'one'), (2, 'two'), (3, 'three'), (4, 'four');
+             select public.claim_docs(3); select public.save_doc(1, '{1,1,1}'); select public.save_doc(2, '{2,2,2}')",
+        );
+        owner.exec(source);
+        let mut service = db.service();
+        let claim = "select key, input, claim from nightowls.claim_embeddings('docs', qty => 20) order by 1";
+        let claimed = service.rows(claim);
+        let keys: Vec<_> = claimed.iter().map(|row| row[0].as_deref()).collect();
+        assert_eq!(keys, [Some("3"), Some("4")]);
+        assert!(service.rows(claim).is_empty());
+
+        owner.exec(tidy);
+        let save = |row: &[Option<String>]| {
+            format!(
+                "select nightowls.save_embedding('docs', {}, {}, '{{7,8,9}}')",
+                quote(row[0].as_deref().expect("a key")),
+                quote(row[2].as_deref().expect("a claim"))
+            )
+        };
+        assert_eq!(lines(&mut service, &save(&claimed[0])), ["t"]);
+        owner.exec("update public.docs set body = 'another' where id in (2, 4)");
+        assert_eq!(lines(&mut service, &save(&claimed[1])), ["f"]);
+        assert_eq!(
+            lines(
+                &mut owner,
+                "select id, embedding from public.docs order by 1"
+            ),
+            ["1 {1,1,1}", "2 null", "3 {7,8,9}", "4 null"]
+        );
+        let again: Vec<_> = service.rows(claim);
+        let inputs: Vec<_> = again.iter().map(|row| row[1].as_deref()).collect();
+        assert_eq!(inputs, [Some("another"), Some("another")]);
+    });
+}

@@ -391,7 +391,7 @@ begin
       drop function nightowls._input_check();
     end loop;
     execute format(E'create view nightowls._input_check as select cast((%s\n) as text) as input from %s', _check_input.expression, v_name);
-    v_view := 'nightowls._input_check'::regclass;
+    v_view := to_regclass('nightowls._input_check');
     select r.ev_action::text into v_tree from pg_rewrite r where r.ev_class = v_view;
     v_columns := array(
       select distinct a.attname::text
