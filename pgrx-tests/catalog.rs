@@ -20,7 +20,7 @@ const ONLY_IN_THE_EXTENSION: &[&str] = &[
 /// they do: private, with the caller's rights. Whoever calls the first two has
 /// pinned its own; the triggers name nothing that is not qualified. Nor does a
 /// procedure that commits, which it could not do with a path of its own.
-const UNPINNED: &str = "'_fold_step', '_fold_row', '_hold_again', '_hold_line_again', '_project_one', '_before_insert', '_after_insert', '_refuse_state_write', '_nap_without_snapshot', 'acquire_floor', 'run_tick', 'run_dispatch'";
+const UNPINNED: &str = "'_fold_step', '_fold_row', '_hold_again', '_hold_line_again', '_project_one', '_before_insert', '_after_insert', '_refuse_state_write', '_nap_without_snapshot', 'acquire_floor', 'run_backfill', 'run_tick', 'run_dispatch'";
 
 /// They have the mark in their search_path that lets their inserts pass the triggers.
 const APPENDING: &str =

@@ -17,7 +17,7 @@ fn documents(db: &Db, rows: u32) -> String {
     org
 }
 
-fn table(db: &Db, name: &str, rows: u32) {
+pub fn table(db: &Db, name: &str, rows: u32) {
     db.direct(db.install().owner()).exec(&format!(
         "create table public.{name} (id bigint primary key, title text, body text, views int default 0, embedding real[], model text);
          insert into public.{name} (id, title, body) select n, 'title ' || n, 'body ' || n from generate_series(1, {rows}) n"
@@ -25,8 +25,14 @@ fn table(db: &Db, name: &str, rows: u32) {
 }
 
 /// A source of that name over a table of that name; `more` begins with a comma.
-fn source(db: &Db, name: &str, more: &str) {
-    db.direct(db.install().owner()).exec(&create(name, more));
+pub fn source(db: &Db, name: &str, more: &str) {
+    source_with(db, name, "null", more);
+}
+
+/// As [`source`], with an endpoint, as an SQL literal.
+pub fn source_with(db: &Db, name: &str, endpoint: &str, more: &str) {
+    let create = create(name, more).replacen("null, 'small'", &format!("{endpoint}, 'small'"), 1);
+    db.direct(db.install().owner()).exec(&create);
 }
 
 fn create(name: &str, more: &str) -> String {
@@ -79,7 +85,7 @@ fn save(session: &mut Session, source: &str, claimed: &Claimed) -> bool {
 }
 
 /// Claims and saves until there is nothing left; how many were saved.
-fn drain(session: &mut Session, source: &str) -> usize {
+pub fn drain(session: &mut Session, source: &str) -> usize {
     let mut saved = 0;
     loop {
         let claimed = claim(session, source, 50, "1 minute");

@@ -7,6 +7,7 @@ mod append;
 mod append_only;
 mod append_targets;
 mod async_projections;
+mod backfill;
 mod bad_input;
 mod catalog;
 mod cdc;

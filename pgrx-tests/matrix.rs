@@ -43,6 +43,10 @@ const RELATIONS: &[(&str, &str)] = &[
         "byyy b--- ---- ---- ---- ---- ---- ----",
     ),
     (
+        "_embedding_requests",
+        "byyy b--- ---- ---- ---- ---- ---- ----",
+    ),
+    (
         "_embedding_states",
         "byyy b--- ---- ---- ---- ---- ---- ----",
     ),

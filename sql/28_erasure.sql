@@ -55,6 +55,7 @@ begin atomic
          ('_embedding_states', null, 'places: the key of a row of a user''s table'),
          ('_embedding_pending', null, 'keys of rows of a user''s table, until they are embedded'),
          ('_embedding_marks', null, 'places'),
+         ('_embedding_requests', null, 'keys of rows of a user''s table, while they are embedded'),
          ('embedding_chunks', null, 'texts of rows of a user''s table, which go when the row or its text does'),
          ('agents', null, 'names and places'),
          ('agent_versions', '_erase_agent', null),

@@ -484,6 +484,9 @@ begin
     raise exception 'batch_size must be between 1 and 2048, max_attempts between 1 and 100' using errcode = 'invalid_parameter_value';
   elsif v_source.overlap < 0 or v_source.overlap > coalesce(v_source.chunk_chars, 0) / 2 or v_source.chunk_chars < 4 then
     raise exception 'chunk_chars must be at least 4, and overlap between 0 and half of it' using errcode = 'invalid_parameter_value';
+  elsif v_source.chunk_chars is not null and v_source.shape = 'edge' then
+    raise exception 'chunk_chars needs the shape openai or ollama'
+      using errcode = 'invalid_parameter_value', detail = 'An edge function is asked for one vector at a time.';
   elsif v_source.max_chars::numeric / (v_source.chunk_chars - v_source.overlap - 1) > 1000 then
     raise exception 'a text would have more than 1000 chunks'
       using errcode = 'program_limit_exceeded', hint = 'Make chunk_chars greater, or max_chars or overlap smaller.';
@@ -575,6 +578,9 @@ begin
   v_source.input_columns := nightowls._check_input(v_table, v_source.input_expression, v_source.target_column);
   if v_source.model_column = any (v_source.input_columns) then
     raise exception 'input_expression must not use the model column "%"', v_source.model_column using errcode = 'invalid_parameter_value';
+  end if;
+  if v_source.endpoint is not null then
+    perform from nightowls._endpoint_call(v_source.org_id, v_source.endpoint);
   end if;
   v_source.by_row := exists (
     select from pg_attribute a
@@ -678,7 +684,7 @@ comment on function nightowls.create_embedding_source(text, text, text, text, te
   'batch_size: texts in a request; model_column: a text column that gets the model''s name with each vector; options: more for a request''s body; max_attempts: of a row, before it is given '
   'up; org: the tenant. The same again changes nothing. Runs DDL (triggers): owner only. Waits for open writes to the table. Raises 42P01, 42703, 42804 or 42809 for a table or column that is not there '
   'or does not fit, 42601, 42703 or 42883 for an expression that is not valid, 22023, 22004 or 54000 for an argument that is not valid, null or too long, 42710 if there is a source of '
-  'this name or target with another definition, 55000 if row level security is forced on the table''s owner, 42501 if the plain install may not act for it, NW010 if there is no org.';
+  'this name or target with another definition, 55000 if row level security is forced on the table''s owner, 42501 if the plain install may not act for it, NW007 if there is no such endpoint, NW010 if there is no org.';
 
 revoke all on function nightowls.create_embedding_source(text, text, text, text, text, text, text, int, int, text, int, int, int, text, jsonb, int, uuid)
   from public;
@@ -807,6 +813,7 @@ begin
   perform nightowls._drop_embedding_triggers(v_trigger);
   delete from nightowls._embedding_states t where t.org_id = v_org and t.source = drop_embedding_source.name;
   delete from nightowls._embedding_pending p where p.org_id = v_org and p.source = drop_embedding_source.name;
+  delete from nightowls._embedding_requests r where r.org_id = v_org and r.source = drop_embedding_source.name;
   delete from nightowls._embedding_marks m where m.org_id = v_org and m.source = drop_embedding_source.name;
   delete from nightowls.embedding_chunks c where c.org_id = v_org and c.source = drop_embedding_source.name;
 end;
@@ -837,6 +844,9 @@ create function nightowls.list_embedding_sources(org uuid default null)
   stable
   parallel safe
   set search_path to pg_catalog, pg_temp
+  set enable_seqscan to off
+  set enable_bitmapscan to off
+  set enable_sort to off
 as $$
 #variable_conflict use_column
 declare
@@ -848,10 +858,11 @@ begin
               from (select from nightowls._embedding_pending p
                      where p.org_id = v_org and p.source = s.name and p.due_at < 'infinity'
                        and p.due_at >= nightowls._embedding_mark(v_org, s.name)
+                     order by p.due_at
                      limit 10001) x),
            (select count(*)
               from (select from nightowls._embedding_pending p
-                     where p.org_id = v_org and p.source = s.name and p.due_at = 'infinity' limit 10001) x),
+                     where p.org_id = v_org and p.source = s.name and p.due_at = 'infinity' order by p.due_at limit 10001) x),
            coalesce(t.failures, 0), t.last_error, case when t.retry_at > clock_timestamp() then t.retry_at end
       from nightowls.embedding_sources s
       left join nightowls._embedding_states t on t.org_id = s.org_id and t.source = s.name

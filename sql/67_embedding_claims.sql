@@ -240,10 +240,8 @@ begin
     v_tries := 1;
     exit when nightowls._scan_embeddings(v_source, _claim_embeddings.qty - cardinality(v_ids)) = 0;
   end loop;
-  if cardinality(v_ids) < _claim_embeddings.qty then
-    perform nightowls._move_embedding_mark(v_source.org_id, v_source.name);
-  end if;
   if v_ids = '{}' then
+    perform nightowls._move_embedding_mark(v_source.org_id, v_source.name);
     return;
   end if;
 
@@ -302,6 +300,10 @@ begin
          input_hash = c.input_hash, chunks = nullif(c.chunks, 0)
     from unnest(v_claimed, v_hashes, v_counts) as c (id, input_hash, chunks)
    where p.org_id = v_source.org_id and p.source = v_source.name and p.pending_id = c.id;
+  -- Now that these are due later.
+  if cardinality(v_ids) < _claim_embeddings.qty then
+    perform nightowls._move_embedding_mark(v_source.org_id, v_source.name);
+  end if;
 end;
 $$;
 
@@ -379,6 +381,7 @@ create function nightowls._due_sources(org uuid, source text, with_endpoint bool
   set search_path to pg_catalog, pg_temp
   set enable_seqscan to off
   set enable_bitmapscan to off
+  set enable_sort to off
   set enable_hashjoin to off
   set enable_mergejoin to off
   set plan_cache_mode to force_generic_plan
@@ -396,9 +399,12 @@ begin
        and not s.paused
        and (not _due_sources.with_endpoint or s.endpoint is not null and (t.retry_at is null or t.retry_at <= v_now))
        and (t.scan is not null
-            or exists (select from nightowls._embedding_pending p
-                        where p.org_id = s.org_id and p.source = s.name
-                          and p.due_at >= nightowls._embedding_mark(s.org_id, s.name) and p.due_at <= v_now))
+            or (select true
+                  from nightowls._embedding_pending p
+                 where p.org_id = s.org_id and p.source = s.name
+                   and p.due_at >= nightowls._embedding_mark(s.org_id, s.name) and p.due_at <= v_now
+                 order by p.due_at
+                 limit 1))
      order by random();
 end;
 $$;

@@ -25,7 +25,7 @@ begin
   execute format('grant select on nightowls.consumers, nightowls._consumer_offsets, nightowls._consumer_failures, nightowls.consumer_lag, '
                  'nightowls.parked_events to %I', grant_service.role);
   execute format('grant select on nightowls.embedding_sources, nightowls._embedding_states, nightowls._embedding_pending, nightowls._embedding_marks, '
-                 'nightowls.embedding_chunks, nightowls.failed_embeddings to %I', grant_service.role);
+                 'nightowls.embedding_chunks, nightowls._embedding_requests, nightowls.failed_embeddings to %I', grant_service.role);
   execute format('grant select on nightowls.published_changes, nightowls.streams to %I', grant_service.role);
   execute format('grant select on nightowls.snapshots, nightowls._sweeps, nightowls.events_archive, nightowls.all_events, '
                  'nightowls.compactions, nightowls.compaction_policies, nightowls._replays, nightowls.progress to %I', grant_service.role);

@@ -116,6 +116,7 @@ sql_files! {
     Plain "embed" "../sql/plain/embed.sql",
     Both "embeddings" "../sql/66_embeddings.sql",
     Both "embedding_claims" "../sql/67_embedding_claims.sql",
+    Both "backfill" "../sql/68_backfill.sql",
     Both "mastra" "../sql/70_mastra.sql",
     Both "mastra_rights" "../sql/71_mastra_rights.sql",
     Both "vectors" "../sql/72_vectors.sql",

@@ -113,3 +113,5 @@ select pg_catalog.pg_extension_config_dump('nightowls._endpoint_states_state_id_
 select pg_catalog.pg_extension_config_dump('nightowls.responses', '');
 select pg_catalog.pg_extension_config_dump('nightowls.responses_response_id_seq', '');
 select pg_catalog.pg_extension_config_dump('nightowls._net_requests', '');
+select pg_catalog.pg_extension_config_dump('nightowls._embedding_requests', '');
+select pg_catalog.pg_extension_config_dump('nightowls._embedding_requests_request_id_seq', '');

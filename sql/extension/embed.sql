@@ -24,3 +24,41 @@ create function nightowls._run_as_owner(source regclass, statement text, argumen
 as 'MODULE_PATHNAME', 'run_as_owner_wrapper';
 
 revoke all on function nightowls._run_as_owner(regclass, text, text[]) from public;
+
+-- Whether this install sends requests by itself.
+create function nightowls._can_http()
+  returns boolean
+  language c
+  stable
+  parallel safe
+as 'MODULE_PATHNAME', 'can_http_wrapper';
+
+revoke all on function nightowls._can_http() from public;
+
+-- Sends a JSON array of {url, headers, body, timeout_ms} by POST, several at once, and returns one of {status, headers, body, failure} in the
+-- same order. Nothing takes longer than max_ms.
+create function nightowls._http_post_all(requests text, max_ms int)
+  returns text
+  language c
+  volatile
+  strict
+  parallel unsafe
+as 'MODULE_PATHNAME', 'http_post_all_wrapper';
+
+revoke all on function nightowls._http_post_all(text, int) from public;
+
+-- As _http_post_all, but commits first and holds no snapshot meanwhile; _http_answers() has the answers, once.
+create procedure nightowls._http_exchange(requests text, max_ms int)
+  language c
+as 'MODULE_PATHNAME', 'http_exchange_wrapper';
+
+revoke all on procedure nightowls._http_exchange(text, int) from public;
+
+create function nightowls._http_answers()
+  returns text
+  language c
+  volatile
+  parallel unsafe
+as 'MODULE_PATHNAME', 'http_answers_wrapper';
+
+revoke all on function nightowls._http_answers() from public;

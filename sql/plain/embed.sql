@@ -87,3 +87,56 @@ end;
 $$;
 
 revoke all on function nightowls._run_as_owner(regclass, text, text[]) from public;
+
+-- SQL sends nothing by itself: pg_net does, where it is.
+create function nightowls._can_http()
+  returns boolean
+  language sql
+  stable
+  parallel safe
+  return false;
+
+revoke all on function nightowls._can_http() from public;
+
+create function nightowls._refuse_http()
+  returns text
+  language plpgsql
+  volatile
+  parallel unsafe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+begin
+  raise exception 'this install cannot send requests'
+    using errcode = 'feature_not_supported', hint = 'Install nightowls as an extension, or pg_net; or let a worker claim_embeddings and save_embedding.';
+end;
+$$;
+
+revoke all on function nightowls._refuse_http() from public;
+
+create function nightowls._http_post_all(requests text, max_ms int)
+  returns text
+  language sql
+  volatile
+  strict
+  parallel unsafe
+  return nightowls._refuse_http();
+
+revoke all on function nightowls._http_post_all(text, int) from public;
+
+create procedure nightowls._http_exchange(requests text, max_ms int)
+  language sql
+begin atomic
+  select nightowls._refuse_http();
+end;
+
+revoke all on procedure nightowls._http_exchange(text, int) from public;
+
+create function nightowls._http_answers()
+  returns text
+  language sql
+  volatile
+  parallel unsafe
+  return nightowls._refuse_http();
+
+revoke all on function nightowls._http_answers() from public;

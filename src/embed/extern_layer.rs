@@ -1,12 +1,24 @@
 //! Embeddings as Postgres calls them.
 
+use std::cell::RefCell;
 use std::ffi::{CStr, CString};
+use std::time::Duration;
 
 use pgrx::pg_sys::panic::ErrorReport;
 use pgrx::prelude::*;
 
+use super::exchange::exchange;
+use crate::dispatch::settings;
 use crate::error::{internal, invalid};
 use crate::fold::extern_layer::argument;
+use crate::http::Client;
+
+thread_local! {
+    /// Made at the first request, as it keeps connections.
+    static CLIENT: RefCell<Option<Client>> = const { RefCell::new(None) };
+    /// What the last exchange of a procedure brought.
+    static ANSWERS: RefCell<Option<String>> = const { RefCell::new(None) };
+}
 
 /// The part of a text from one UTF-16 unit up to another.
 #[pg_extern(sql = false)]
@@ -111,4 +123,85 @@ unsafe fn run(
         pg_sys::SPI_finish();
         Ok(answer)
     }
+}
+
+/// Whether this install sends by itself.
+#[pg_extern(sql = false)]
+fn can_http() -> bool {
+    true
+}
+
+/// Sends several requests and waits for their answers.
+///
+/// # Errors
+///
+/// SQLSTATE 22023 if they are no requests, 55000 if nightowls.ca_file is not valid, and those of an interrupt.
+#[pg_extern(sql = false)]
+fn http_post_all(requests: &str, max_ms: i32) -> Result<String, ErrorReport> {
+    post_all(requests, max_ms)
+}
+
+/// As [`http_post_all`], in a procedure: commits first, and holds no snapshot meanwhile. [`http_answers`] has the answers.
+///
+/// # Errors
+///
+/// SQLSTATE 2D000 in a transaction block, and those of [`http_post_all`] and of a commit.
+#[pg_extern(sql = false)]
+fn http_exchange(
+    requests: &str,
+    max_ms: i32,
+    fcinfo: pg_sys::FunctionCallInfo,
+) -> Result<(), ErrorReport> {
+    // The commit frees what the argument points at.
+    let requests = requests.to_owned();
+    // SAFETY: declared as procedure _http_exchange(text, integer).
+    unsafe {
+        let context = (*fcinfo).context.cast::<pg_sys::CallContext>();
+        let atomic = context.is_null()
+            || (*context).type_ != pg_sys::NodeTag::T_CallContext
+            || (*context).atomic;
+        let options = if atomic {
+            0
+        } else {
+            pg_sys::SPI_OPT_NONATOMIC as i32
+        };
+        if pg_sys::SPI_connect_ext(options) != pg_sys::SPI_OK_CONNECT as i32 {
+            return Err(internal("SPI_connect failed"));
+        }
+        pg_sys::SPI_commit();
+        let answers = post_all(&requests, max_ms);
+        if pg_sys::SPI_finish() != pg_sys::SPI_OK_FINISH as i32 {
+            return Err(internal("SPI_finish failed"));
+        }
+        ANSWERS.set(Some(answers?));
+    }
+    Ok(())
+}
+
+/// What the last [`http_exchange`] brought; once.
+#[pg_extern(sql = false)]
+fn http_answers() -> Option<String> {
+    ANSWERS.take()
+}
+
+fn post_all(requests: &str, max_ms: i32) -> Result<String, ErrorReport> {
+    let client = match CLIENT.with_borrow(Clone::clone) {
+        Some(client) => client,
+        None => {
+            let client = settings::client().map_err(|fault| {
+                ErrorReport::new(
+                    PgSqlErrorCode::ERRCODE_OBJECT_NOT_IN_PREREQUISITE_STATE,
+                    fault,
+                    "nightowls",
+                )
+            })?;
+            CLIENT.set(Some(client.clone()));
+            client
+        }
+    };
+    let longest = Duration::from_millis(u64::try_from(max_ms).unwrap_or(0));
+    exchange(&client, settings::policy(), requests, longest, || {
+        pgrx::check_for_interrupts!();
+    })
+    .map_err(invalid)
 }

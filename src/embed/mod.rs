@@ -1,7 +1,8 @@
 //! What embeddings need that SQL cannot do, or does slowly: cutting a text by UTF-16
-//! units, and running a table owner's code with no more than that owner's rights.
+//! units, running a table owner's code with no more than that owner's rights, and HTTP.
 //! `sql/plain/embed.sql` is the twin; the suite compares them.
 
+pub mod exchange;
 #[cfg(feature = "extension")]
 mod extern_layer;
 
