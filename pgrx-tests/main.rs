@@ -65,6 +65,7 @@ mod routing;
 mod runs;
 mod scratchpad;
 mod security;
+mod seeing;
 mod snapshots;
 mod streams;
 mod supabase;

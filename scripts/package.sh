@@ -23,5 +23,5 @@ cargo pgrx init "--pg$pg" "$pg_config" >/dev/null 2>&1 || die "cargo pgrx init r
 note "packaging nightowls $version for PostgreSQL $pg"
 rm -rf "$out"
 cd "$root"
-CARGO_TARGET_DIR=$target cargo pgrx package --pg-config "$pg_config" --features "pg$pg" --out-dir "$out" >&2
+CARGO_TARGET_DIR=$target cargo pgrx package --pg-config "$pg_config" --no-default-features --features "pg$pg" --out-dir "$out" >&2
 printf '%s\n' "$out"

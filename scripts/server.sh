@@ -140,7 +140,7 @@ build() {
     cd "$root"
     export CARGO_TARGET_DIR=$target
     cargo build --bin owl
-    PGRX_PG_CONFIG_PATH=$pg_config cargo build --release --features "pg$major" --lib
+    PGRX_PG_CONFIG_PATH=$pg_config cargo build --release --no-default-features --features "pg$major" --lib
   ) >&2 || die 'the build failed'
   cp "$target/release/libnightowls.so" "$folder/nightowls.so"
   sed "s/@CARGO_VERSION@/$version/" "$root/nightowls.control" >"$folder/nightowls.control"

@@ -150,6 +150,8 @@ test_group() {
   want python3-venv
   want jq jq
   want shellcheck shellcheck
+  want tmux tmux
+  want chromium chromium
 }
 
 [ $# -gt 0 ] || set -- build

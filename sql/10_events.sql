@@ -151,6 +151,16 @@ create function nightowls._lock_class(number int)
 
 revoke all on function nightowls._lock_class(int) from public;
 
+-- How many advisory locks this transaction has.
+create function nightowls._locks_held()
+  returns bigint
+  language sql
+  volatile
+  parallel unsafe
+  return (select count(*) from pg_catalog.pg_locks l where l.locktype = 'advisory' and l.pid = pg_backend_pid());
+
+revoke all on function nightowls._locks_held() from public;
+
 create function nightowls._org_class(org uuid)
   returns int
   language sql

@@ -400,6 +400,8 @@ begin
        cross join lateral nightowls._share_states(c) s
        where c.org_id = run_projections.org_id and c.name = 'projection:' || run_projections.projection);
     continue when "offset" is null or nightowls._safe_position(org_id, "offset") <= "offset";
+    -- The transaction may have had locks before, as the clock's has.
+    exit when v_locks > 0 and nightowls._locks_held() >= 60;
     begin
       loop
         v_run := nightowls._run_async(org_id, projection, least(v_left, 1000)::int, false);

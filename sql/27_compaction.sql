@@ -1503,7 +1503,8 @@ begin
            or nightowls._is_running(v_policy.org_id, v_policy.aggregate_type, v_next.aggregate_id) then
           if v_policy.org_id <> all (v_orgs) then
             -- Each org is a lock that is kept until the transaction ends: who is left out has not had its turn and comes first in the next call.
-            v_full := cardinality(v_orgs) = 24;
+            -- An org's aggregates and histories are up to 24 locks more.
+            v_full := cardinality(v_orgs) = 24 or v_orgs <> '{}' and nightowls._locks_held() >= 38;
             exit turns when v_full;
             -- An erasure is not waited for: the others would wait too.
             continue turns when not nightowls._try_share_erasure(v_policy.org_id);

@@ -36,7 +36,8 @@ create type nightowls._tick_state as (
 );
 
 -- The parts whose functions are there. statement: with the milliseconds it may take as $1, it returns what it did (a bigint) and a
--- detail (jsonb, or null); a key "error" in that is a failure that undoes nothing. locks: how many advisory locks it may take. by_owner: it needs
+-- detail (jsonb, or null); a key "error" in that is a failure that undoes nothing. locks: how many advisory locks it may
+-- take, whatever the transaction has already: some stop when that is too much. by_owner: it needs
 -- the owner's rights, and runs no code of users'.
 create function nightowls._clock_parts()
   returns table (part text, signature text, statement text, locks int, by_owner boolean)
@@ -52,14 +53,14 @@ begin
       from (values
         ('queues', 'nightowls._tick_queues(integer)',
          'select coalesce(sum(x.qty), 0)::bigint, jsonb_object_agg(x.what, x.qty)
-            from (select t.what, sum(t.qty) as qty from nightowls._tick_queues($1) t group by t.what) x', 45, false),
+            from (select t.what, sum(t.qty) as qty from nightowls._tick_queues($1) t group by t.what) x', 27, false),
         ('dispatch', 'nightowls._tick_dispatch(integer)', 'select nightowls._tick_dispatch($1), null::jsonb', 8, false),
         ('embeddings', 'nightowls._tick_embeddings(integer)', 'select t.did, t.detail from nightowls._tick_embeddings($1) t', 2, false),
         ('projections', 'nightowls.run_projections(integer,integer)',
          'select coalesce(sum(r.events), 0)::bigint,
                  jsonb_strip_nulls(jsonb_build_object(''projections'', count(*), ''parked'', count(*) filter (where r.error is not null and r.events > 0),
                    ''error'', min(r.projection || '': '' || r.error) filter (where r.events = 0)))
-            from nightowls.run_projections(1000000, $1) r', 52, false),
+            from nightowls.run_projections(1000000, $1) r', 4, false),
         ('views', 'nightowls._refresh_views(integer)', 'select r.did, r.detail from nightowls._refresh_views($1) r', 1, false),
         ('snapshots', 'nightowls.create_snapshots(integer,integer)',
          'select count(*) filter (where s.error is null),
@@ -85,16 +86,6 @@ end;
 $$;
 
 revoke all on function nightowls._clock_parts() from public;
-
--- How many advisory locks this transaction has.
-create function nightowls._locks_held()
-  returns bigint
-  language sql
-  volatile
-  parallel unsafe
-  return (select count(*) from pg_catalog.pg_locks l where l.locktype = 'advisory' and l.pid = pg_backend_pid());
-
-revoke all on function nightowls._locks_held() from public;
 
 -- Rows for parts that have none, unless somebody is at it (lock class base + 270).
 -- Definer: nobody else may write to the table.

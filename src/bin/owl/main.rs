@@ -1,6 +1,13 @@
-//! The `owl` command: brings nightowls into a project's folder of migrations.
-//! It needs no Postgres, no database and no network.
+//! The `owl` command: brings nightowls into a project's folder of migrations, which needs no Postgres, no database
+//! and no network; runs the clock of a database, and shows what goes on in it.
 
+mod connect;
+mod report;
+mod terminal;
+mod tick;
+mod top;
+
+use connect::Target;
 use lexopt::{Arg, ValueExt};
 use nightowls::migration::folder::{
     self, NewFile, Numbering, Plan, ServiceRange, Wanted, configured_range,
@@ -12,10 +19,10 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, ErrorKind, Write as _};
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
-use std::time::{SystemTime, UNIX_EPOCH};
+use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
 const HELP: &str = "\
-owl: brings nightowls into a project's folder of migrations
+owl: brings nightowls into a project, runs its clock, shows what goes on
 
   owl install DIR [--service-range RANGE] [--dry-run]
       Writes the migrations that DIR does not have yet. Running it again
@@ -29,11 +36,24 @@ owl: brings nightowls into a project's folder of migrations
       missing; --env the environment variables of a client.
   owl script
       Prints the script that create extension runs.
+
+  owl tick [--every 60s] [--max-ms 50000] URL
+      Runs the clock of a database: once, or with --every again and again, for
+      where there is neither pg_cron nor the background worker. Says what it did.
+  owl top [--every 2s] [--once] URL
+      Shows queues, consumers, floors, endpoints and health, live. q quits.
+      --once prints one frame.
+  owl report [-o report.html] [--hours 24] URL
+      Writes one HTML page with charts of the last hours; -o - prints it.
   owl --version
   owl help
 
+URL is postgresql://user:password@host:5432/database?sslmode=verify-full or
+host=… dbname=…; what it leaves out comes from PGHOST, PGPORT, PGDATABASE,
+PGUSER, PGPASSWORD and PGSSLMODE. Without URL, DATABASE_URL is read. The user
+must have had grant_service.
 Exit status: 0 done, 1 failed and nothing was written, 2 wrong usage.
-No command needs a database or a network.
+The commands without URL need neither database nor network.
 ";
 
 /// The variables that matter to a client: name, whether it may be shown, what
@@ -157,6 +177,8 @@ fn run() -> Result<String, Failure> {
     let mut dir: Option<OsString> = None;
     let mut range: Option<ServiceRange> = None;
     let (mut dry_run, mut env) = (false, false);
+    let (mut every, mut max_ms, mut once, mut hours) = (None, None, false, 24);
+    let mut out = PathBuf::from("report.html");
     while let Some(argument) = arguments.next()? {
         match (command.as_str(), argument) {
             (_, Arg::Short('h') | Arg::Long("help")) => return Ok(HELP.to_owned()),
@@ -166,9 +188,37 @@ fn run() -> Result<String, Failure> {
             }
             ("install", Arg::Long("dry-run")) => dry_run = true,
             ("info", Arg::Long("env")) => env = true,
-            ("install" | "info", Arg::Value(value)) if dir.is_none() => dir = Some(value),
+            ("tick" | "top", Arg::Long("every")) => {
+                let text = arguments.value()?.string()?;
+                every = Some(tick::duration(&text).map_err(Failure::Usage)?);
+            }
+            ("tick", Arg::Long("max-ms")) => max_ms = Some(number(&mut arguments, 3_600_000)?),
+            ("top", Arg::Long("once")) => once = true,
+            ("report", Arg::Short('o') | Arg::Long("output")) => out = arguments.value()?.into(),
+            ("report", Arg::Long("hours")) => hours = number(&mut arguments, 48)?,
+            ("install" | "info" | "tick" | "top" | "report", Arg::Value(value))
+                if dir.is_none() =>
+            {
+                dir = Some(value);
+            }
             (_, other) => return Err(other.unexpected().into()),
         }
+    }
+
+    if let "tick" | "top" | "report" = command.as_str() {
+        let target = target(dir)?;
+        return match (command.as_str(), every) {
+            ("tick", None) => tick::once(&target, max_ms.unwrap_or(50_000)),
+            ("tick", Some(every)) => {
+                // So that one run is over when the next one is due.
+                let most = u64::try_from(every.as_millis() * 4 / 5).unwrap_or(50_000);
+                tick::forever(&target, every, max_ms.unwrap_or(most.min(50_000)))
+            }
+            ("top", _) if once => top::once(&target),
+            ("top", every) => top::live(&target, every.unwrap_or(Duration::from_secs(2))),
+            _ => report::write(&target, hours, &out),
+        }
+        .map_err(Failure::Failed);
     }
 
     let dir = dir.map(PathBuf::from);
@@ -182,6 +232,29 @@ fn run() -> Result<String, Failure> {
         ("install", _) => Err(Failure::Usage("install needs a folder".to_owned())),
         (other, _) => Err(Failure::Usage(format!("there is no command \"{other}\""))),
     }
+}
+
+/// The database that the argument names, or `DATABASE_URL`.
+fn target(argument: Option<OsString>) -> Result<Target, Failure> {
+    let url = argument
+        .or_else(|| std::env::var_os("DATABASE_URL"))
+        .filter(|url| !url.is_empty())
+        .ok_or_else(|| {
+            Failure::Usage("a URL is missing, and DATABASE_URL is not set".to_owned())
+        })?;
+    let url = url
+        .into_string()
+        .map_err(|_| Failure::Usage("the URL is no text".to_owned()))?;
+    Target::parse(&url).map_err(Failure::Usage)
+}
+
+/// The value of an option: a whole number from 1.
+fn number(arguments: &mut lexopt::Parser, most: u64) -> Result<u64, Failure> {
+    let text = arguments.value()?.string()?;
+    text.parse()
+        .ok()
+        .filter(|number| (1..=most).contains(number))
+        .ok_or_else(|| Failure::Usage(format!("\"{text}\" is no number from 1 to {most}")))
 }
 
 /// `owl install`: writes the files that are missing.
@@ -325,9 +398,7 @@ fn info(dir: Option<&Path>, env: bool) -> Result<String, String> {
         None => {}
     }
     if env {
-        text.push_str(
-            "\nenvironment of a client (owl itself reads none of it; secrets are never shown):\n",
-        );
+        text.push_str("\nenvironment of a client (secrets are never shown):\n");
         for (name, shown, what) in ENVIRONMENT {
             let value = shown_value(std::env::var_os(name).as_deref(), *shown);
             let _ = writeln!(text, "  {name:<26} {what}\n  {:<26} {value}", "");
