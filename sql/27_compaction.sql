@@ -1471,11 +1471,13 @@ declare
   v_first  boolean := true;
   v_more   boolean;
   v_full   boolean := false;
+  v_before bigint;
 begin
   perform nightowls._check_sweep(compact.max_aggregates, compact.max_ms);
   if not nightowls._begin_sweep('compaction') then
     return;
   end if;
+  v_before := nightowls._locks_held();
   loop
     v_more := false;
     -- Each aggregate type of each org in turn, the one that has waited longest first; then those that are not through.
@@ -1503,8 +1505,8 @@ begin
            or nightowls._is_running(v_policy.org_id, v_policy.aggregate_type, v_next.aggregate_id) then
           if v_policy.org_id <> all (v_orgs) then
             -- Each org is a lock that is kept until the transaction ends: who is left out has not had its turn and comes first in the next call.
-            -- An org's aggregates and histories are up to 24 locks more.
-            v_full := cardinality(v_orgs) = 24 or v_orgs <> '{}' and nightowls._locks_held() >= 38;
+            -- Its aggregates and histories are up to 24 locks more, and the transaction may have had some before, as the clock's has.
+            v_full := cardinality(v_orgs) = 24 or v_orgs <> '{}' and v_before > 16 and nightowls._locks_held() >= 38;
             exit turns when v_full;
             -- An erasure is not waited for: the others would wait too.
             continue turns when not nightowls._try_share_erasure(v_policy.org_id);

@@ -494,7 +494,7 @@ fn tables(sight: &Sight) -> Vec<Table> {
             heads: &[
                 ("ENDPOINT", 0),
                 ("waiting", 7),
-                ("sent", 6),
+                ("in flight", 9),
                 ("later", 6),
                 ("dead", 5),
                 ("took", 8),
