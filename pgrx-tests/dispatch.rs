@@ -695,6 +695,48 @@ fn secrets_stand_nowhere_but_where_they_are_kept() {
 }
 
 #[test]
+fn secrets_stand_in_no_statistics_of_statements() {
+    if !crate::support::server().has_library("pg_stat_statements") {
+        return crate::support::skip("pg_stat_statements");
+    }
+    let mut settings = crate::support::WORKER.to_vec();
+    settings[0].1 = "nightowls, pg_stat_statements";
+    settings.push(("pg_stat_statements.track", "all"));
+    crate::support::own_cluster_with(&settings, |cluster| {
+        let db = cluster.database(Install::Extension);
+        default_org(&db);
+        let peer = Peer::new(|_| ok());
+        let mut session = db.superuser();
+        session.exec("create extension pg_stat_statements");
+        endpoint(
+            &mut session,
+            "hook",
+            &peer.url("/"),
+            &format!(", '{{\"x-token\": \"t0k3nt0k3n\"}}', '{SECRET}'"),
+        );
+        session.exec("select nightowls.enqueue_request('hook', '1')");
+        session.exec("call nightowls.run_dispatch()");
+        session.exec(
+            "select nightowls.alter_endpoint('hook', secret => 'whsec_AAECAwQFBgcICQoLDA0ODw==')",
+        );
+        assert_eq!(peer.arrivals()[0].header("x-token"), "t0k3nt0k3n");
+        assert!(
+            session
+                .value("select count(*) > 20 from pg_stat_statements")
+                .as_deref()
+                == Some("t")
+        );
+        assert_eq!(
+            lines(
+                &mut session,
+                "select query from pg_stat_statements where query ~ 't0k3n|MfKQ9r8GKYq|AAECAwQF'"
+            ),
+            Vec::<String>::new()
+        );
+    });
+}
+
+#[test]
 fn what_may_not_be_sent_to_is_refused_when_it_is_named() {
     on_each_install(|db| {
         default_org(db);

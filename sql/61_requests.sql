@@ -224,7 +224,7 @@ $$;
 
 revoke all on function nightowls._endpoint_state(uuid, int) from public;
 
--- Writes a new state and removes older ones without waiting for anybody. The endpoint is locked (class 272).
+-- Writes a new state and removes the one it was made of without waiting for anybody. The endpoint is locked (class 272).
 create function nightowls._set_endpoint_state(state nightowls._endpoint_states)
   returns void
   language plpgsql
@@ -237,22 +237,18 @@ create function nightowls._set_endpoint_state(state nightowls._endpoint_states)
   set plan_cache_mode to force_generic_plan
 as $$
 #variable_conflict use_column
-declare
-  v_id bigint;
 begin
   insert into nightowls._endpoint_states (org_id, endpoint_id, failures, breaks, open_until, probing, window_used, last_sent_at)
   values ((_set_endpoint_state.state).org_id, (_set_endpoint_state.state).endpoint_id, (_set_endpoint_state.state).failures,
           (_set_endpoint_state.state).breaks, (_set_endpoint_state.state).open_until, (_set_endpoint_state.state).probing, (_set_endpoint_state.state).window_used,
-          (_set_endpoint_state.state).last_sent_at)
-  returning state_id into v_id;
+          (_set_endpoint_state.state).last_sent_at);
+  -- The one before, by its key: a walk would meet all that an old snapshot keeps.
   delete from nightowls._endpoint_states s
    where s.ctid = any (array(
            select o.ctid
              from nightowls._endpoint_states o
             where o.org_id = (_set_endpoint_state.state).org_id and o.endpoint_id = (_set_endpoint_state.state).endpoint_id
-              and o.state_id < v_id
-            order by o.state_id desc
-            limit 8
+              and o.state_id = (_set_endpoint_state.state).state_id
               for update skip locked));
 end;
 $$;
@@ -428,7 +424,7 @@ begin
   if v_qty <= 0 then
     return;
   end if;
-  v_call := nightowls._endpoint_call(v_endpoint.org_id, v_endpoint.name);
+  select c.* into v_call from nightowls._endpoint_call(v_endpoint.org_id, v_endpoint.name) c;
   if v_call.missing is not null or nightowls._url_fault(v_call.url) is not null then
     return; -- A line of health says so.
   end if;

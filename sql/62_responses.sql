@@ -131,7 +131,8 @@ begin
   if (_endpoint_secret_texts.endpoint).secrets_in is null and (_endpoint_secret_texts.endpoint).bearer is null then
     return '{}';
   end if;
-  v_call := nightowls._endpoint_call((_endpoint_secret_texts.endpoint).org_id, (_endpoint_secret_texts.endpoint).name);
+  select c.* into v_call
+    from nightowls._endpoint_call((_endpoint_secret_texts.endpoint).org_id, (_endpoint_secret_texts.endpoint).name) c;
   return array(
     select s.secret
       from (select h.value as secret from jsonb_each_text(v_call.headers) as h (name, value)

@@ -495,8 +495,9 @@ create function nightowls._endpoint_fault(org uuid, endpoint text)
 as $$
 #variable_conflict use_column
 declare
-  v_call record := nightowls._endpoint_call(_endpoint_fault.org, _endpoint_fault.endpoint);
+  v_call record;
 begin
+  select c.* into v_call from nightowls._endpoint_call(_endpoint_fault.org, _endpoint_fault.endpoint) c;
   return coalesce(v_call.missing || ' is missing', nightowls._url_fault(v_call.url));
 end;
 $$;
