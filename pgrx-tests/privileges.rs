@@ -10,6 +10,8 @@ use crate::support::{
 const OWNERS: &[&str] = &[
     "adopt_mastra",
     "adopt_pgmq",
+    "alter_embedding_source",
+    "create_embedding_source",
     "create_enrichment",
     "create_stream_join",
     "create_table_join",
@@ -19,6 +21,7 @@ const OWNERS: &[&str] = &[
     "create_view_projection",
     "disable_cdc",
     "disable_realtime",
+    "drop_embedding_source",
     "drop_stream",
     "drop_vector_index",
     "enable_cdc",
@@ -187,6 +190,10 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
             [
                 "_consumer_failures select",
                 "_consumer_offsets select",
+                "_embedding_marks select",
+                "_embedding_pending select",
+                "_embedding_requests select",
+                "_embedding_states select",
                 "_projection_states select",
                 "_queue_counts select",
                 "_replays select",
@@ -202,8 +209,11 @@ fn a_service_has_the_rights_of_grant_service_and_no_others() {
                 "compactions select",
                 "consumer_lag select",
                 "consumers select",
+                "embedding_chunks select",
+                "embedding_sources select",
                 "events select",
                 "events_archive select",
+                "failed_embeddings select",
                 "floor_marks select",
                 "floor_status select",
                 "floor_tickets select",
@@ -543,6 +553,10 @@ const CALLS: &[(&str, &str)] = &[
     ),
     ("await_floor", "select nightowls.await_floor('c', 'a', 1)"),
     (
+        "backfill_embeddings",
+        "do $$ begin perform nightowls.backfill_embeddings(); exception when feature_not_supported then null; end $$",
+    ),
+    (
         "bind",
         "select nightowls.bind('jobs', '{\"event_types\": [\"noted\"]}')",
     ),
@@ -556,6 +570,7 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.change_member('ann', 'admin')",
     ),
     ("check_reducer", "select nightowls.check_reducer('{}')"),
+    ("claim_embeddings", "select nightowls.claim_embeddings()"),
     ("claim_followups", "select nightowls.claim_followups()"),
     (
         "commit_offset",
@@ -597,6 +612,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.drop_projection('more')",
     ),
     ("drop_queue", "select nightowls.drop_queue('more')"),
+    (
+        "embed",
+        "do $$ begin perform nightowls.embed('docs', 'x'); exception when feature_not_supported or object_not_in_prerequisite_state then null; end $$",
+    ),
     (
         "erase",
         "select nightowls.append_event('thing', 't', 'made'); select nightowls.erase('thing', 't', 'asked')",
@@ -646,6 +665,10 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.list_agent_versions('sage')",
     ),
     ("list_bindings", "select nightowls.list_bindings()"),
+    (
+        "list_embedding_sources",
+        "select nightowls.list_embedding_sources()",
+    ),
     ("list_messages", "select nightowls.list_messages('th')"),
     ("list_queues", "select nightowls.list_queues()"),
     ("list_run_events", "select nightowls.list_run_events('rv')"),
@@ -720,16 +743,32 @@ const CALLS: &[(&str, &str)] = &[
     ("replay_parked", "select nightowls.replay_parked('c')"),
     ("request_floor", "select nightowls.request_floor('c', 'a')"),
     (
+        "rescan_embeddings",
+        "select nightowls.rescan_embeddings('docs', true)",
+    ),
+    (
         "restore_aggregate",
         "select nightowls.restore_aggregate('order', 'a')",
     ),
     ("resume_queue", "select nightowls.resume_queue('jobs')"),
     (
+        "retry_embeddings",
+        "select nightowls.retry_embeddings('docs')",
+    ),
+    (
         "rollback_agent_version",
         "select nightowls.publish_agent_version('owl', '{}'); select nightowls.rollback_agent_version('owl', 1)",
     ),
+    (
+        "run_backfill",
+        "do $$ begin call nightowls.run_backfill(); exception when feature_not_supported or invalid_transaction_termination then null; end $$",
+    ),
     ("run_projections", "select nightowls.run_projections()"),
     ("run_tick", "call nightowls.run_tick()"),
+    (
+        "save_embedding",
+        "select nightowls.save_embedding('docs', c.key, c.claim, '{1}') from nightowls.claim_embeddings('docs') c",
+    ),
     (
         "save_run_snapshot",
         "select nightowls.start_run('rv'); select nightowls.save_run_snapshot('rv', '{}')",
@@ -781,6 +820,7 @@ const CALLS: &[(&str, &str)] = &[
         "select nightowls.set_snapshot_policy('tally', 2), nightowls.set_snapshot_policy('handled', 2)",
     ),
     ("set_vt", "select nightowls.set_vt('jobs', 6, 0)"),
+    ("slice_utf16", "select nightowls.slice_utf16('owl', 1)"),
     ("start_run", "select nightowls.start_run('ru')"),
     ("state", "select nightowls.state('tally', 'a')"),
     ("state_at", "select nightowls.state_at('tally', 'a', 1)"),
@@ -816,6 +856,8 @@ fn nothing_that_the_service_may_call_runs_ddl() {
                begin atomic insert into public.seen values ((event).version); end;
                select nightowls.create_table_projection('seen', 'order', 'public.seen', 'public.see');
                create function public.handle(message nightowls.queue_message) returns void language sql return null;
+               create table public.docs (id int primary key, title text, embedding real[]); insert into public.docs values (1, 'x'), (2, 'y');
+               select nightowls.create_embedding_source('docs', 'public.docs', 'id', 'title', 'embedding', null, 'small', 1);
                select nightowls.create_queue('jobs'); select nightowls.send('jobs', to_jsonb(i)) from generate_series(1, 9) i"#
         ));
         db.superuser().exec(

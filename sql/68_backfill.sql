@@ -176,7 +176,7 @@ declare
 begin
   for v_source in select (d).* from nightowls._due_sources(null, null, true) d loop
     begin
-      v_call := nightowls._endpoint_call(v_source.org_id, v_source.endpoint);
+      select c.* into v_call from nightowls._endpoint_call(v_source.org_id, v_source.endpoint) c;
       if v_call.missing is not null then
         raise exception '% is missing', v_call.missing using errcode = 'object_not_in_prerequisite_state';
       end if;
@@ -421,19 +421,25 @@ create function nightowls._backfill_by_net(max_rows int, max_ms int, out saved b
 as $$
 #variable_conflict use_column
 declare
-  v_until timestamptz := clock_timestamp() + _backfill_by_net.max_ms * interval '1 millisecond';
-  v_one   record;
-  v_id    bigint;
+  v_until   timestamptz := clock_timestamp() + _backfill_by_net.max_ms * interval '1 millisecond';
+  v_one     record;
+  v_id      bigint;
+  v_org     uuid;
+  v_request bigint;
+  v_status  int;
+  v_headers jsonb;
+  v_content text;
+  v_failure text;
 begin
   saved := 0;
-  for v_one in execute format(
+  for v_org, v_request, v_status, v_headers, v_content, v_failure in execute format(
     'select r.org_id, r.request_id, n.status_code, n.headers, n.content, '
     'case when n.status_code is null then coalesce(n.error_msg, ''no answer'') end as failure '
     'from nightowls._embedding_requests r join %s n on n.id = r.net_id '
     'order by r.request_id limit 1000', to_regclass('net._http_response'))
   loop
     exit when clock_timestamp() > v_until;
-    saved := saved + nightowls._end_backfill(v_one.org_id, v_one.request_id, v_one.status_code, v_one.headers, v_one.content, v_one.failure);
+    saved := saved + nightowls._end_backfill(v_org, v_request, v_status, v_headers, v_content, v_failure);
   end loop;
   -- pg_net forgets what it was to send when the server crashes.
   delete from nightowls._embedding_requests r where r.expires_at < clock_timestamp();
@@ -606,7 +612,7 @@ begin
   if (v_text ~ '\S') is not true then
     raise exception 'input must not be null or blank' using errcode = case when v_text is null then '22004' else '22023' end;
   end if;
-  v_call := nightowls._endpoint_call(v_source.org_id, v_source.endpoint);
+  select c.* into v_call from nightowls._endpoint_call(v_source.org_id, v_source.endpoint) c;
   if v_call.missing is not null then
     raise exception '% of endpoint "%" is missing', v_call.missing, v_source.endpoint
       using errcode = 'object_not_in_prerequisite_state', hint = 'Set it, as docs/dispatch.md says.';
