@@ -321,13 +321,13 @@ $$;
 
 revoke all on function nightowls._become(text, text) from public;
 
--- The milliseconds that are left for what comes after the parts; null where there is no such procedure.
+-- The milliseconds that are left for what comes after the parts; null where the part embeddings does it all, or nothing can.
 create function nightowls._backfill_ms(state nightowls._tick_state)
   returns int
   language sql
   volatile
   parallel unsafe
-  return case when to_regprocedure('nightowls.run_backfill(integer,integer)') is not null
+  return case when nightowls._can_http()
               then greatest(extract(epoch from ("state").until - clock_timestamp()) * 1000, 1000)::int end;
 
 revoke all on function nightowls._backfill_ms(nightowls._tick_state) from public;
