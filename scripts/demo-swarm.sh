@@ -63,6 +63,6 @@ SQL
   end_instances
   trap - EXIT
   in_swarm <<<"select nightowls.rollback_agent_version(:'slug', 1, '{\"type\": \"user\", \"id\": \"ann\"}')"
-  line "two psql processes, $(seconds $(($(now) - at))) s in all; every line is an event or a message of the database"
+  line "two psql processes, $(seconds $(($(now) - at))) s in all; every line is an event or a message"
   tour swarm.sql -v "thread=$container" -v "slug=$slug"
 }
