@@ -15,6 +15,7 @@ use crate::support::peer::{Answer, Arrival, NetStandIn, Peer, status};
 use crate::support::{
     Cluster, Db, Install, Session, WORKER, own_cluster_with, quote, wait_until, worker_server,
 };
+use crate::worker::Worker;
 
 /// A database of each install, with what stands in for pg_net in the plain one.
 fn on_each_sender(test: impl Fn(&Db)) {
@@ -247,6 +248,26 @@ fn beside_429_and_500_each_row_gets_exactly_one_vector_in_bounded_calls() {
         let before = peer.count();
         assert_eq!(text(&mut service, ONE), "0");
         assert_eq!(peer.count(), before);
+    });
+}
+
+#[test]
+fn the_worker_asks_for_what_is_missing_though_nobody_calls() {
+    let db = worker_server().database(Install::Extension);
+    let peer = Peer::new(openai);
+    documents(&db, &peer, 70, "");
+    let _worker = Worker::start(&db);
+    wait_until("all are embedded", Duration::from_secs(120), || {
+        count(&db, "public.docs where embedding is null") == 0
+    });
+    // Who commits more wakes it; else it looks each five seconds.
+    db.owner()
+        .exec("update public.docs set body = 'another' where id = 1");
+    wait_until("it is embedded again", Duration::from_secs(60), || {
+        lines(
+            &mut db.superuser(),
+            "select embedding from public.docs where id = 1",
+        ) == ["{16,470,1}"]
     });
 }
 

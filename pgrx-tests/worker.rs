@@ -6,7 +6,8 @@ use std::time::{Duration, Instant};
 use crate::fixture::{default_org, lines};
 use crate::support::peer::{Answer, Peer, ok};
 use crate::support::{
-    Db, Install, SUPERUSER, Session, WORKER, kill, own_cluster_with, wait_until, worker_server,
+    Db, Install, SERVICE, SUPERUSER, Session, WORKER, kill, own_cluster_with, wait_until,
+    worker_server,
 };
 
 const LONG: Duration = Duration::from_secs(60);
@@ -264,5 +265,43 @@ fn what_commits_is_sent_though_nobody_looks() {
     assert_eq!(
         lines(&mut session, "select sender from nightowls.dispatch()"),
         ["worker"]
+    );
+}
+
+#[test]
+fn it_runs_the_clock_with_the_rights_of_a_service() {
+    let db = worker_server().database(Install::Extension);
+    default_org(&db);
+    let mut session = db.direct(SUPERUSER);
+    session.exec(&format!(
+        "create function public.who(state jsonb, event nightowls.events) returns jsonb language sql return jsonb_build_object('who', current_user);
+         grant execute on function public.who(jsonb, nightowls.events) to {SERVICE};
+         select nightowls.create_projection('who', 'order', handler => 'public.who', mode => 'async');
+         select nightowls.append_event('order', 'a', 'made')"
+    ));
+    let _worker = Worker::start(&db);
+    wait_until("every part has run", LONG, || {
+        session
+            .value("select 1 from nightowls.clock_parts where ran_at is not null limit 1")
+            .is_some()
+            && session
+                .value(
+                    "select 1 from nightowls.clock_parts where ran_at is null or took_ms is null",
+                )
+                .is_none()
+    });
+    assert_eq!(
+        lines(
+            &mut session,
+            "select part, error from nightowls.clock_parts where error is not null"
+        ),
+        [""; 0]
+    );
+    assert_eq!(
+        lines(
+            &mut session,
+            "select state ->> 'who' from nightowls.projection_states"
+        ),
+        [SERVICE]
     );
 }

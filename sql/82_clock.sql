@@ -510,6 +510,28 @@ comment on function nightowls.unschedule() is
 
 revoke all on function nightowls.unschedule() from public;
 
+-- Whether a job of pg_cron is the clock here, so that the worker need not be.
+create function nightowls._cron_ticks()
+  returns boolean
+  language plpgsql
+  stable
+  parallel safe
+  set search_path to pg_catalog, pg_temp
+as $$
+#variable_conflict use_column
+declare
+  v_ticks boolean := false;
+begin
+  if exists (select from pg_extension e where e.extname = 'pg_cron') then
+    execute format('select exists (select from %s j where j.jobname = $1 and j.active and j.database = current_database())', to_regclass('cron.job'))
+       into v_ticks using 'nightowls';
+  end if;
+  return v_ticks;
+end;
+$$;
+
+revoke all on function nightowls._cron_ticks() from public;
+
 -- Seeing it ----------------------------------------------------------------------------------------
 
 create function nightowls._health_clock()

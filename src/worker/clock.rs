@@ -18,7 +18,7 @@ const KEY: &str = "clock";
 const EVERY: Duration = Duration::from_secs(60);
 /// How long a tick may take.
 const TICK_MS: i32 = 20_000;
-const TICK: &str = "nightowls.tick(integer)";
+const TICK: &str = "nightowls._cron_ticks()";
 /// How often it looks for embeddings that are missing, if nobody says so.
 const LOOK: Duration = Duration::from_secs(5);
 const BACKFILL: [&str; 2] = [
@@ -84,13 +84,7 @@ pub extern "C-unwind" fn nightowls_clock(_argument: pg_sys::Datum) {
 /// One tick, unless a job of pg_cron does it.
 fn tick() -> Result<(), String> {
     let cron = transaction("nightowls: looks for a cron job", || {
-        value(
-            "select case when pg_catalog.to_regclass('cron.job') is null then 'f' \
-                         else (pg_catalog.xpath('/table/row/found/text()', pg_catalog.query_to_xml( \
-                                'select exists (select from cron.job where jobname = ''nightowls'' and active \
-                                 and database = pg_catalog.current_database()) as found', false, false, '')))[1]::text end",
-            &[],
-        )
+        value("select nightowls._cron_ticks()::text", &[])
     })?;
     if cron.is_some_and(|found| found.starts_with('t')) {
         return Ok(());
