@@ -1032,3 +1032,62 @@ fn the_reference_library_accepts_our_signature() {
     assert!(!run("{}").status.success());
     drop(sending.db.direct(SUPERUSER));
 }
+
+#[test]
+fn leasing_and_settling_cost_the_same_while_an_old_snapshot_keeps_what_is_dead() {
+    on_each_install(|db| {
+        default_org(db);
+        let mut session = db.session(SERVICE);
+        endpoint(
+            &mut session,
+            "hook",
+            "https://example.com",
+            ", rate_limit => 1000000, max_in_flight => 1000",
+        );
+        // Who asks for more than there is moves the mark behind what is done; who gets all it asks for does so now and then.
+        let rounds = |session: &mut Session, count: usize| {
+            for _ in 0..count {
+                session.exec(
+                    "select nightowls.enqueue_requests('hook', array_fill('{}'::jsonb, array[50])); \
+                     create temporary table if not exists leased as select null::text as leased limit 0; truncate leased; \
+                     insert into leased select nightowls._lease_batch(60)",
+                );
+                session.exec(
+                    "select nightowls._settle_batch((select jsonb_agg(r.value || '{\"status\": 200}') \
+                       from leased l cross join lateral jsonb_array_elements(l.leased::jsonb) r)::text)",
+                );
+            }
+        };
+        let buffers = |session: &mut Session| -> u64 {
+            session.exec("begin; select nightowls.enqueue_request('hook', '{}')");
+            let plan = session
+                .value("explain (analyze, buffers, format json) select nightowls._lease_batch(1)")
+                .expect("a plan");
+            session.exec("rollback");
+            let plan: serde_json::Value = serde_json::from_str(&plan).expect("JSON");
+            ["Shared Hit Blocks", "Shared Read Blocks"]
+                .iter()
+                .map(|name| plan[0]["Plan"][*name].as_u64().expect("a count"))
+                .sum()
+        };
+        rounds(&mut session, 4);
+        let before = buffers(&mut session);
+        let mut old = db.direct(SUPERUSER);
+        old.exec("begin isolation level repeatable read; select count(*) from nightowls.requests");
+        rounds(&mut session, 40);
+        let after = buffers(&mut session);
+        old.exec("commit");
+        // 2,000 dead requests, as many dead entries of each index, 80 dead states.
+        assert!(
+            after < before * 2 + 60,
+            "{}: {before} buffers, then {after}",
+            db.install()
+        );
+        assert_eq!(
+            session
+                .value("select count(*) from nightowls.responses")
+                .as_deref(),
+            Some("2200")
+        );
+    });
+}
