@@ -10,15 +10,12 @@ use std::time::{Duration, Instant};
 
 use crate::fixture::{Random, default_org};
 use crate::support::{
-    Db, Install, Refusal, SERVICE, SUPERUSER, Session, full, kill, own_cluster_with, wait_until,
+    Db, Install, Refusal, SERVICE, SUPERUSER, Session, kill, own_cluster_with, wait_until,
 };
 
 const CLIENTS: usize = 50;
 const CONTAINERS: usize = 5;
-/// A thousand in all with NIGHTOWLS_FULL set.
-fn acquisitions() -> usize {
-    if full() { 200 } else { 80 }
-}
+const ACQUISITIONS: usize = 1000 / CONTAINERS;
 const MAX_HOLD_MS: u64 = 1000;
 /// A waiter may be silent for so long.
 const SILENCE: Duration = Duration::from_secs(5);
@@ -240,7 +237,7 @@ impl Run<'_> {
     }
 
     fn over(&self, place: usize) -> bool {
-        self.acquired[place].load(Ordering::SeqCst) >= acquisitions()
+        self.acquired[place].load(Ordering::SeqCst) >= ACQUISITIONS
     }
 
     fn client(&self, number: usize) {
@@ -683,7 +680,7 @@ fn fifty_clients_of_five_floors_under_every_misfortune_leave_a_good_history() {
                         .iter()
                         .map(|count| count.load(Ordering::SeqCst))
                         .sum::<usize>()
-                        >= acquisitions() * CONTAINERS / 3
+                        >= ACQUISITIONS * CONTAINERS / 3
                         || clients.iter().any(|client| client.is_finished())
                 });
                 cluster.kill9_postmaster_and_restart();
@@ -705,7 +702,7 @@ fn fifty_clients_of_five_floors_under_every_misfortune_leave_a_good_history() {
                 }
                 let (grants, writes) = (seen.granted.len(), seen.acknowledged.len());
                 assert!(
-                    grants >= acquisitions() && writes > acquisitions() / 2,
+                    grants >= ACQUISITIONS && writes > ACQUISITIONS / 2,
                     "{install}, c{place}: {grants} grants, {writes} writes"
                 );
             }
