@@ -12,7 +12,7 @@ logs=$target/test-logs
 rm -rf "$logs"
 mkdir -p "$logs"
 passed=0 failed=0 skipped=0
-limit=1200 # seconds that a stage may take
+limit=1800 # seconds that a stage may take
 servers=() failures=() skips=()
 export RUST_BACKTRACE=0
 # Two at least: a lone test prints its name before its output, in one line.
