@@ -152,7 +152,7 @@ fn all_that_is_due_is_done_by_the_function_and_by_the_procedure() {
 
 #[test]
 fn a_part_that_fails_stops_no_other_and_shows_in_health() {
-    on_each_route(|db| {
+    on_each_install(|db| {
         backlog(db, 1, 10, 5);
         let mut owner = db.superuser();
         let mut service = db.service();
