@@ -99,7 +99,7 @@ bench_floors() {
     out "| poll_ms $waiters: a sign of life every $(awk -v ms="$waiters" 'BEGIN {s = ms / 100; print (s < 5 ? 5 : s)}') s | ${floors_figure[cpu]} |"
   done
 
-  floors_measure extension bench_service crowd 170 "$([ "$mode" = quick ] && echo 6 || echo 40)"
+  floors_measure extension bench_service crowd 170 "$([ "$mode" = quick ] && echo 6 || echo 30)"
   out '' '| 510 who wait in one call each, native | CPU of their backends, % of a core |' '| --- | ---: |' \
     "| 170 in \`await_floor\` | ${floors_figure[floor]} |" "| 170 in \`read_with_poll\` | ${floors_figure[queue]} |" \
     "| 170 in \`fetch_events\` | ${floors_figure[events]} |"

@@ -395,9 +395,9 @@ fn crowd(place: &Place, each: usize, seconds: u64) -> Fallible<()> {
             "select nightowls.await_floor('crowd', 'w{0}', (select ticket from nightowls.floor_tickets where container = 'crowd' and holder = 'w{0}'), 3600000)",
             number / 3
         ),
-        1 => "select nightowls.read_with_poll('crowded', max_wait => '1 hour')".to_owned(),
+        1 => "select nightowls.read_with_poll('crowded', max_wait => '100 s')".to_owned(),
         _ => format!(
-            "select nightowls.fetch_events('crowd {}', max_wait => '1 hour')",
+            "select nightowls.fetch_events('crowd {}', max_wait => '1 minute')",
             number / 3
         ),
     };
